@@ -1,0 +1,139 @@
+"""Where an expert begins, and how its decision is read.
+
+A chat prompt ends with the generation prompt (`<|im_start|>assistant\\n` for SmolLM2). An
+activated expert's adapter applies only to the last tokens of it and to what follows:
+
+    [ prefix ] [ adapted end of the generation prompt ] [ indicator ] [ response ... ]
+      base model only, same for all experts     the expert's adapter is active
+
+so every expert and the generalist share the prefix's keys and values (activated LoRA,
+arXiv 2504.12397). In the full form the prefix is empty: the adapter applies everywhere.
+
+The indicator is one of two tokens, accept or pass; the *decision* P(accept) is the softmax
+over their two logits at the last prompt token. This module knows tokens, not models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from see_ray.config import BaseModelConfig, FitConfig
+from see_ray.errors import BaseModelError, ConfigError
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The point from which an expert applies, and its two indicator tokens.
+
+    Attributes:
+        generation_prompt: token ids of the chat template's generation prompt.
+        tokens: how many of these, counted from the end, the adapter applies to; None in the
+            full form.
+        accept: token id of the accept indicator.
+        refuse: token id of the pass indicator (`pass` is a word of Python).
+    """
+
+    generation_prompt: tuple[int, ...]
+    tokens: int | None
+    accept: int
+    refuse: int
+
+    def split(self, prompt: list[int]) -> tuple[list[int], list[int]]:
+        """Prompt ids as (prefix for the base model alone, rest with the adapter active)."""
+        if self.tokens is None:
+            return [], prompt
+        return prompt[: -self.tokens], prompt[-self.tokens :]
+
+    def peft_invocation(self) -> list[int] | None:
+        """`alora_invocation_tokens` for PEFT, where its rule gives this activation point.
+
+        PEFT activates from the first token of the *last occurrence* of that sequence. The
+        whole generation prompt is safe to look for; a shorter end of it (a lone newline, say)
+        would match inside text, so such an adapter is plain LoRA to PEFT.
+        """
+        if self.tokens == len(self.generation_prompt):
+            return list(self.generation_prompt)
+        return None
+
+
+def activation_of(tokenizer: Any, base: BaseModelConfig, fit: FitConfig) -> Activation:
+    """The activation that the configuration asks for on this base model.
+
+    Raises:
+        ConfigError: more activation tokens than the generation prompt has.
+        BaseModelError: no generation prompt or no two tokens to use as indicators.
+    """
+    generation_prompt = generation_prompt_of(tokenizer)
+    tokens: int | None = None
+    if fit.form == "activated":
+        tokens = len(generation_prompt) if fit.activation_tokens == "all" else fit.activation_tokens
+        if tokens > len(generation_prompt):
+            raise ConfigError(
+                f"fit.activation_tokens is {tokens}, but the generation prompt has only "
+                f"{len(generation_prompt)} tokens; use a smaller number or `all`"
+            )
+    accept, refuse = _indicators(tokenizer, base)
+    return Activation(generation_prompt, tokens, accept, refuse)
+
+
+def encode_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a chat up to and including the generation prompt."""
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def generation_prompt_of(tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that the chat template adds for the assistant to speak."""
+    chat = [{"role": "user", "content": "a"}]
+    without = tokenizer.apply_chat_template(chat, add_generation_prompt=False, tokenize=True, return_dict=True)
+    with_prompt = encode_prompt(tokenizer, chat)
+    start = len(without["input_ids"])
+    if with_prompt[:start] != list(without["input_ids"]) or len(with_prompt) == start:
+        raise BaseModelError(
+            "the chat template adds no generation prompt at its end; "
+            "experts are activated there, so choose a model whose template has one"
+        )
+    return tuple(with_prompt[start:])
+
+
+def user_turn_start(tokenizer: Any) -> str:
+    """The rendered template up to where a user's words begin; a chat model that continues
+    it writes what a user might ask."""
+    mark = "\u2063see\u2063"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    start, found, _ = text.partition(mark)
+    if not found:
+        raise BaseModelError(
+            "the chat template does not contain the user's words; give reconstruct.general_negatives_file"
+        )
+    return start
+
+
+def p_accept(accept_logit: float, pass_logit: float) -> float:
+    """The decision: softmax over the two indicator logits."""
+    return 1.0 / (1.0 + math.exp(min(pass_logit - accept_logit, 700.0)))
+
+
+def _indicators(tokenizer: Any, base: BaseModelConfig) -> tuple[int, int]:
+    """Two tokens that no text contains: as named, else the tokenizer's own reserved ones."""
+    if base.indicator_tokens:
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in base.indicator_tokens]
+        for token, number in zip(base.indicator_tokens, ids, strict=True):
+            if number is None or tokenizer.convert_ids_to_tokens(number) != token:
+                raise ConfigError(f"base_model.indicator_tokens: {token!r} is not one token of this base model")
+        if ids[0] == ids[1]:
+            raise ConfigError("base_model.indicator_tokens: accept and pass must be two different tokens")
+        return ids[0], ids[1]
+    used = set(tokenizer.all_special_ids) | set(encode_prompt(tokenizer, [{"role": "user", "content": "a"}]))
+    spare = [
+        number
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and number not in used and token.content not in tokenizer.chat_template
+    ]
+    if len(spare) < 2:
+        raise BaseModelError(
+            "the tokenizer has no two unused special tokens; name two single tokens as base_model.indicator_tokens"
+        )
+    return spare[0], spare[1]

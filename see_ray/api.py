@@ -1,0 +1,399 @@
+"""The OpenAI wire format: bytes of a request in, dicts of a response out.
+
+    parse(ChatRequest, body, limit)   -> a validated request, or RequestError (400) naming the field
+    parse_model("see:qa")             -> Target: the chain, the generalist or one expert is asked
+    chat_body / completion_body       -> the whole answer
+    chat_chunk / completion_chunk     -> one event of a stream, sent through sse(), ended by SSE_DONE
+    error_body, models_body           -> the other two shapes
+    ApiKeys.check(header)             -> RequestError (401) for a wrong key
+
+It knows nothing of experts, chains, engines or HTTP servers. Types are JSON's own: neither `"5"`
+nor `true` is an integer. `null` means "left out", as OpenAI's clients use it. What a client asks
+for is done or refused, not dropped: fields that cannot change an answer (`user`, …) are ignored;
+of those that could (`tools`, `n`, …) only the value that asks for nothing is accepted.
+Formats: https://platform.openai.com/docs/api-reference/chat, /completions, /models.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, TypeVar, Unpack
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from see_ray.errors import ConfigError, RequestError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to pick tokens. None: the server's default."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float
+    stop: tuple[str, ...]
+    seed: int | None
+
+
+class _Object(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    ignored: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None and key not in cls.ignored}
+
+
+def _only(allowed: Any, *, why: str) -> BeforeValidator:
+    """For a field that would change the answer: accept only the value that asks for nothing."""
+
+    def check(value: Any) -> Any:
+        if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):  # True == 1 in Python
+            raise ValueError(f"{_found(value)} is not supported, only {json.dumps(allowed)}: {why}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _text(content: Any) -> str:
+    """A string, or text parts joined by newlines (as vLLM and llama.cpp join them)."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    fits = [isinstance(p, dict) and p.keys() == {"type", "text"} and p["type"] == "text" for p in parts]
+    if not parts or not all(fits) or not all(isinstance(part["text"], str) for part in parts):
+        raise ValueError(f'should be a string or an array of {{"type": "text", "text": "…"}}, found {_found(content)}')
+    return "\n".join(part["text"] for part in parts)
+
+
+def _one_prompt(prompt: Any) -> str:
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"should be one non-empty string (token ids are not supported), found {_found(prompt)}")
+    return prompt
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    strings = stop if isinstance(stop, list) else [stop]
+    if not 1 <= len(strings) <= 4 or not all(isinstance(item, str) and item for item in strings):
+        raise ValueError(f"should be a non-empty string or an array of 1 to 4 of them, found {_found(stop)}")
+    return tuple(strings)
+
+
+class Message(_Object):
+    """One turn of a conversation."""
+
+    ignored = ("name", "annotations")  # chat templates have no place for them
+    role: Annotated[
+        Literal["system", "user", "assistant"], BeforeValidator(lambda r: "system" if r == "developer" else r)
+    ]
+    content: Annotated[str, BeforeValidator(_text)]
+
+
+def _in_order(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The order that every chat template understands."""
+    if not messages or messages[-1].role != "user":
+        raise ValueError(f"should end with a user message, found {messages[-1].role if messages else 'no'} message")
+    if any(message.role == "system" for message in messages[1:]):
+        raise ValueError("a system message can only come first")
+    return messages
+
+
+# strict=False lets a JSON array become a tuple; the messages themselves stay strict.
+Messages = Annotated[tuple[Message, ...], Field(strict=False), AfterValidator(_in_order)]
+
+
+class StreamOptions(_Object):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+    include_obfuscation: Any = None  # without effect: nothing is obfuscated
+
+
+class _Generation(_Object):
+    """What chat and completion requests share."""
+
+    # Bookkeeping of OpenAI's own service.
+    ignored = ("user", "safety_identifier", "metadata", "store", "service_tier", "prompt_cache_key")
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = ()
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[Any, _only(1, why="a request gets one answer")] = None
+    frequency_penalty: Annotated[Any, _only(0, why="penalties are not applied")] = None
+    presence_penalty: Annotated[Any, _only(0, why="penalties are not applied")] = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream is to end with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self) -> Sampling:
+        """How to pick the tokens of this answer."""
+        return Sampling(self.max_tokens, self.temperature, self.top_p, self.stop, self.seed)
+
+
+class ChatRequest(_Generation):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Messages
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: Annotated[Any, _only(False, why="log-probabilities are not returned")] = None
+    response_format: Annotated[Any, _only({"type": "text"}, why="answers are plain text")] = None
+    tools: Annotated[Any, _only([], why="tools cannot be called")] = None
+    functions: Annotated[Any, _only([], why="functions cannot be called")] = None
+    parallel_tool_calls: Any = None  # without effect: there are no tools
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatRequest:
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old and new and old != new:
+            message = f"max_completion_tokens: found {new}, but max_tokens is {old}; send one of them"
+            raise RequestError(message, param="max_completion_tokens")
+        return self
+
+    def chat(self) -> list[dict[str, str]]:
+        """The messages as `{"role", "content"}`, for a chat template."""
+        return [message.model_dump() for message in self.messages]
+
+    def sampling(self) -> Sampling:
+        """How to pick the tokens of this answer."""
+        return replace(super().sampling(), max_tokens=self.max_completion_tokens or self.max_tokens)
+
+
+class CompletionRequest(_Generation):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Annotated[str, BeforeValidator(_one_prompt)]
+    echo: Annotated[Any, _only(False, why="the prompt is not repeated")] = None
+
+
+class RouteRequest(_Object):
+    """A query to decide on, not to answer; exactly one of `messages` and `prompt` is set."""
+
+    model: str = "see"
+    messages: Messages | None = None
+    prompt: Annotated[str | None, BeforeValidator(_one_prompt)] = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> RouteRequest:
+        if (self.messages is None) == (self.prompt is None):
+            raise RequestError("messages: send either this or prompt, and not both", param="messages")
+        return self
+
+    def chat(self) -> list[dict[str, str]] | None:
+        """The messages as `{"role", "content"}`; None where a prompt was sent."""
+        return None if self.messages is None else [message.model_dump() for message in self.messages]
+
+
+Request = TypeVar("Request", ChatRequest, CompletionRequest, RouteRequest)
+
+
+def parse(model_class: type[Request], body: bytes, max_body_bytes: int) -> Request:
+    """Read and validate a request body.
+
+    Raises:
+        RequestError: 400. Too large, not UTF-8, not JSON (NaN, lone surrogates and more than 200
+            levels are not), not an object, or a wrong or unknown field (`param` names the first).
+    """
+    if len(body) > max_body_bytes:
+        raise RequestError(f"the request body has {len(body)} bytes; at most {max_body_bytes} are accepted")
+    try:
+        # Not json.loads: that takes NaN and lone surrogates, and recurses until the stack ends.
+        data = from_json(body.decode("utf-8"), allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the request body is not JSON in UTF-8: {error}") from error
+    try:
+        return model_class.model_validate(data)
+    except ValidationError as error:
+        raise _wrong_field(error) from error
+
+
+def _wrong_field(error: ValidationError) -> RequestError:
+    first = error.errors(include_url=False)[0]
+    kind = first["type"]
+    in_json = {"tuple_type": "an array", "model_type": "an object"}  # pydantic uses Python's words
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part:.60}" for part in first["loc"])[1:]
+    if kind == "missing":
+        problem = "is required"
+    elif kind == "extra_forbidden":
+        problem = "no such field, or not supported here; leave it out"
+    elif kind == "value_error":
+        problem = str(first["ctx"]["error"])
+    else:
+        expected = in_json.get(kind) or first["msg"].removeprefix("Input should be ")
+        problem = f"should be {expected}, found {_found(first['input'])}"
+    return RequestError(f"{param or 'the request body'}: {problem}", param=param or None)
+
+
+def _found(value: Any) -> str:
+    """A JSON value in a few words."""
+    if isinstance(value, list | dict):
+        return "an object" if isinstance(value, dict) else f"an array of {len(value)}"
+    return f"{'the string ' if isinstance(value, str) else ''}{json.dumps(value, ensure_ascii=False):.60}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who a model id asks for. `expert` is set for the kind `expert` only."""
+
+    kind: Literal["routed", "generalist", "expert"]
+    expert: str | None = None
+
+
+ROUTED, GENERALIST = Target("routed"), Target("generalist")
+
+
+def parse_model(model: str) -> Target:
+    """`see`: the chain; `see:generalist`: the base model; `see:<expert>`: that expert, live or not.
+    Raises :func:`unknown_model` for anything else."""
+    if model in ("see", "see:generalist"):
+        return ROUTED if model == "see" else GENERALIST
+    if match := re.fullmatch(r"see:([A-Za-z0-9][A-Za-z0-9._-]{0,127})", model):
+        return Target("expert", match[1])
+    raise unknown_model(model)
+
+
+def unknown_model(model: str) -> RequestError:
+    """The 404 for a model id that is not served; also for `see:<expert>` where none such is live."""
+    message = f"the model {model[:60]!r} does not exist; GET /v1/models lists the model ids"
+    return RequestError(message, status=404, param="model", code="model_not_found")
+
+
+def usage_body(*, prompt_tokens: int, completion_tokens: int) -> Json:
+    """The tokens that a request took, as OpenAI's `usage` object."""
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A line of `GET /v1/models`. `root`: the base model; `parent`: the model id it derives from."""
+
+    id: str
+    created: int
+    root: str
+    parent: str | None = None
+
+
+def new_id(kind: Literal["chatcmpl", "cmpl", "req"]) -> str:
+    """A fresh id of a chat completion, a completion or a request."""
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+def request_id(given: str | None) -> str:
+    """The client's `x-request-id` if it is 1 to 128 printable ASCII characters without spaces, else a new one."""
+    return given if given and re.fullmatch(r"[!-~]{1,128}", given) else new_id("req")
+
+
+class Head(TypedDict):
+    """What the body, or all chunks, of one answer have in common."""
+
+    id: str
+    model: str
+    created: int
+
+
+def chat_body(*, text: str, finish_reason: str, usage: Json, see: Json, **head: Unpack[Head]) -> Json:
+    """The answer to a chat request; `see` is its trace."""
+    message = {"role": "assistant", "content": text, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+    return {**head, "object": "chat.completion", "choices": [choice], "usage": usage, "see": see}
+
+
+def chat_chunk(text: str, finish_reason: str | None = None, see: Json | None = None, **head: Unpack[Head]) -> Json:
+    """One piece of a streamed chat answer. The first carries the trace `see` (and with it the
+    role), the last `finish_reason`; one chunk may be both."""
+    delta = ({} if see is None else {"role": "assistant", "content": ""}) | ({"content": text} if text else {})
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    return _chunk("chat.completion.chunk", choice, see, head)
+
+
+def completion_body(*, text: str, finish_reason: str, usage: Json, see: Json, **head: Unpack[Head]) -> Json:
+    """The answer to a completion request; `see` is its trace."""
+    # OpenAI gives a whole completion and a piece of a streamed one the same shape.
+    return completion_chunk(text, finish_reason, see, **head) | {"usage": usage}
+
+
+def completion_chunk(
+    text: str, finish_reason: str | None = None, see: Json | None = None, **head: Unpack[Head]
+) -> Json:
+    """One piece of a streamed completion. The first carries `see`, the last `finish_reason`."""
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    return _chunk("text_completion", choice, see, head)
+
+
+def _chunk(kind: str, choice: Json, see: Json | None, head: Head) -> Json:
+    return {**head, "object": kind, "choices": [choice], "usage": None} | ({} if see is None else {"see": see})
+
+
+def usage_chunk(last: Json, usage: Json) -> Json:
+    """What follows the stream's last piece where `include_usage` was asked for."""
+    return {key: last[key] for key in ("id", "object", "created", "model")} | {"choices": [], "usage": usage}
+
+
+SSE_DONE = "data: [DONE]\n\n"  # the last event of every stream, failed ones too
+
+
+def sse(obj: Json) -> str:
+    """One server-sent event. A failure in mid-stream is `sse(error_body(error))`, then SSE_DONE."""
+    # ASCII only: some clients split lines at U+2028 and its like, which JSON may hold unescaped.
+    return f"data: {json.dumps(obj, allow_nan=False)}\n\n"
+
+
+def error_body(error: RequestError) -> Json:
+    """The error as OpenAI's error object."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def models_body(entries: Iterable[ModelEntry]) -> Json:
+    """The body of `GET /v1/models`, in the order given."""
+    return {"object": "list", "data": [{"object": "model", "owned_by": "see_ray", **vars(entry)} for entry in entries]}
+
+
+class ApiKeys:
+    """The keys that open the endpoint; without any it is open to everyone."""
+
+    def __init__(self, keys: Iterable[str] = ()):
+        self._keys = tuple(key.encode("utf-8") for key in keys)  # bytes: compare_digest refuses non-ASCII str
+        self.required = bool(self._keys)
+
+    @classmethod
+    def from_env_and_file(cls, env: Mapping[str, str], file: Path | None) -> ApiKeys:
+        """The key in `$SEE_API_KEY` (blank is unset), and one a line of `file`, where blank lines
+        and lines that start with # are skipped. ConfigError if it cannot be read or holds no key."""
+        keys = [env.get("SEE_API_KEY", "").strip()]
+        if file is not None:
+            try:
+                lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"cannot read the API key file {file}: {error}") from error
+            keys += [line for line in lines if not line.startswith("#")]
+            if not any(keys[1:]):
+                raise ConfigError(f"the API key file {file} holds no key; write one a line")
+        return cls(filter(None, keys))
+
+    def check(self, authorization: str | None) -> None:
+        """Raise RequestError (401 `invalid_api_key`) unless the header, decoded as latin-1, is `Bearer <key>`."""
+        scheme, _, key = (authorization or "").partition(" ")
+        given = key.strip(" ").encode("latin-1", "backslashreplace")  # back to the bytes on the wire
+        # Every key is compared, always: the time taken does not tell which one was near.
+        known = sum(hmac.compare_digest(given, key) for key in self._keys)
+        if self.required and not (known and scheme.lower() == "bearer"):
+            message = "the API key is not valid" if given else "no API key: send Authorization: Bearer <key>"
+            raise RequestError(message, status=401, code="invalid_api_key")

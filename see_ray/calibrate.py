@@ -1,0 +1,111 @@
+"""Choose an expert's accept threshold on queries that it was not fitted on.
+
+P(accept) of the task's held-out rows should lie above the threshold, that of held-out foreign
+queries (general ones, and rows kept by earlier experts) below it. The threshold is placed so
+that at most the stated share of foreign queries is accepted, and beyond that in the middle of
+the gap between the two, measured in log odds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LOWEST, HIGHEST = 0.05, 0.99
+"""Bounds of a threshold: outside them a few held-out rows would decide too much."""
+
+OWN_SHARE = 0.98
+"""Share of the own held-out rows that counts as all of them when the gap is measured."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold and what it does on the held-out queries.
+
+    Attributes:
+        threshold: P(accept) from which the expert accepts.
+        own_accepted: share of the task's held-out rows that it accepts.
+        foreign_accepted: share of foreign held-out queries that it accepts.
+        foreign_bound: upper end of the 95 % confidence interval of that share (the sample is
+            finite; Wilson score).
+        own, foreign: sizes of the two samples.
+        taken: foreign queries accepted, by where they come from.
+    """
+
+    threshold: float
+    own_accepted: float
+    foreign_accepted: float
+    foreign_bound: float
+    own: int
+    foreign: int
+    taken: dict[str, int]
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers for an expert's manifest."""
+        return {
+            "own_accepted": self.own_accepted,
+            "foreign_accepted": self.foreign_accepted,
+            "foreign_accepted_upper_95": self.foreign_bound,
+            "own_rows": self.own,
+            "foreign_rows": self.foreign,
+        }
+
+
+def calibrate(own: Sequence[float], foreign: Sequence[tuple[str, float]], false_accept_rate: float) -> Calibration:
+    """Choose the threshold.
+
+    Args:
+        own: P(accept) of the task's held-out rows.
+        foreign: (where it comes from, P(accept)) of held-out foreign queries.
+        false_accept_rate: most of these that may be accepted.
+    """
+    threshold = _threshold(sorted(own), sorted(p for _, p in foreign), false_accept_rate)
+    taken: dict[str, int] = {}
+    for kind, p in foreign:
+        taken[kind] = taken.get(kind, 0) + (p >= threshold)
+    accepted = sum(taken.values())
+    return Calibration(
+        threshold=threshold,
+        own_accepted=sum(p >= threshold for p in own) / max(1, len(own)),
+        foreign_accepted=accepted / max(1, len(foreign)),
+        foreign_bound=wilson_upper(accepted, len(foreign)),
+        own=len(own),
+        foreign=len(foreign),
+        taken={kind: count for kind, count in taken.items() if count},
+    )
+
+
+def _threshold(own: list[float], foreign: list[float], rate: float) -> float:
+    if not own or not foreign:
+        return 0.5
+    allowed = math.floor(rate * len(foreign))
+    barrier = foreign[-1 - allowed]  # the highest foreign decision that must stay below
+    wanted = own[math.floor((1 - OWN_SHARE) * len(own))]
+    if wanted > barrier:
+        threshold = _from_logit((_logit(wanted) + _logit(barrier)) / 2)
+        # Queries unlike any held-out one lie between the two: where there is room, keep to 0.5.
+        if wanted > 0.5:
+            threshold = max(threshold, 0.5)
+    else:
+        threshold = math.nextafter(barrier, 1.0)
+    return min(max(threshold, LOWEST), max(HIGHEST, math.nextafter(barrier, 1.0)))
+
+
+def wilson_upper(hits: int, n: int, z: float = 1.96) -> float:
+    """Upper end of the Wilson score interval of a share (Wilson 1927); 1 for an empty sample."""
+    if n == 0:
+        return 1.0
+    share = hits / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return min(1.0, (centre + spread) / (1 + z * z / n))
+
+
+def _logit(p: float) -> float:
+    p = min(max(p, 1e-9), 1 - 1e-9)
+    return math.log(p / (1 - p))
+
+
+def _from_logit(x: float) -> float:
+    return 1 / (1 + math.exp(-x))

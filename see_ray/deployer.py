@@ -1,0 +1,167 @@
+"""Keeps the running Serve applications in step with the expert store.
+
+It looks at the head of the sequence every few seconds. For an expert that is new it starts an
+application of its own; once every expert of the new version runs (or has failed for good), the
+new version is *live* and the ingress walks it from then on. Applications that no version needs
+any more are deleted a little later, when no walk can still be asking them. Nothing else is
+touched, so no other replica restarts. After a crash the same look brings everything back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray import serve
+
+from see_ray.config import Config
+from see_ray.errors import SeeError
+from see_ray.replica import replica_app
+from see_ray.store import ExpertRef, ExpertStore, Sequence
+
+logger = logging.getLogger("ray.serve")
+
+GENERALIST_APP = "see-generalist"
+LINGER_S = 10.0
+"""Seconds that an application outlives the last version that needed it; longer than the
+ingress takes to notice a new version."""
+
+
+@dataclass(frozen=True)
+class LiveExpert:
+    """An expert whose application runs."""
+
+    name: str
+    version: int
+    threshold: float
+    created: int
+    app: str
+
+
+@dataclass(frozen=True)
+class Live:
+    """What the ingress may walk: the experts of one sequence version, newest first.
+
+    Attributes:
+        version: of the sequence; -1 before the first look at the store.
+        failed: experts of this version that could not be started, and why.
+        pending: a newer version that is being started, or None.
+        store_error: why the store could not be read last time, or None.
+    """
+
+    version: int = -1
+    experts: tuple[LiveExpert, ...] = ()
+    failed: dict[str, str] = field(default_factory=dict)
+    pending: int | None = None
+    store_error: str | None = None
+
+
+def app_name(ref: ExpertRef) -> str:
+    """Name of an expert's Serve application."""
+    return f"see-expert-{ref.name}-{ref.version}"
+
+
+class Deployer:
+    """The one replica that starts and deletes experts' applications."""
+
+    def __init__(self, config: dict[str, Any]):
+        self._config = Config.model_validate(config)
+        self._live = Live()
+        self._unneeded: dict[str, float] = {}
+        self._loop = asyncio.get_running_loop().create_task(self._keep_up())
+
+    async def live(self) -> Live:
+        """What may be walked now."""
+        return self._live
+
+    async def check_health(self) -> None:
+        """Fails when the loop died, so that Serve starts this replica anew."""
+        if self._loop.done():
+            raise RuntimeError("the deployer's loop ended")
+
+    async def _keep_up(self) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self._look)
+            except SeeError as error:  # what runs goes on running; the store may come back
+                logger.warning("expert store: %s", error)
+                self._live = _with(self._live, store_error=str(error))
+            except Exception:
+                logger.exception("could not bring the applications in step with the expert store")
+            await asyncio.sleep(self._config.serve.poll_s)
+
+    def _look(self) -> None:
+        store = ExpertStore.open(self._config.store.url)
+        head = store.head()
+        if head.version != self._live.version:
+            self._live = _with(self._live, pending=head.version)
+            self._adopt(head, store)
+        elif self._live.store_error or self._live.pending is not None:
+            self._live = _with(self._live, store_error=None, pending=None)
+        self._delete_unneeded(head)
+
+    def _adopt(self, head: Sequence, store: ExpertStore) -> None:
+        running = serve.status().applications
+        missing = [ref for ref in head.experts if app_name(ref) not in running]
+        for ref in missing:
+            self._unneeded.pop(app_name(ref), None)
+        if missing:
+            serve.run_many(
+                [
+                    serve.RunTarget(replica_app(self._config, ref), name=app_name(ref), route_prefix=None)
+                    for ref in missing
+                ],
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
+        failed = self._wait(head)
+        experts = []
+        for ref in head.newest_first():
+            if ref.id not in failed:
+                manifest = store.manifest(ref)
+                created = int(manifest.created_at.timestamp())
+                experts.append(LiveExpert(ref.name, ref.version, manifest.threshold, created, app_name(ref)))
+        self._live = Live(head.version, tuple(experts), failed)
+
+    def _wait(self, head: Sequence) -> dict[str, str]:
+        """Wait until each expert runs or has failed; returns the latter with the reason."""
+        while True:
+            states = serve.status().applications
+            failed: dict[str, str] = {}
+            waiting = False
+            for ref in head.experts:
+                state = states.get(app_name(ref))
+                status = state.status.value if state else "NOT_STARTED"
+                if state and status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                    failed[ref.id] = _reason(state)
+                waiting |= status in ("NOT_STARTED", "DEPLOYING")
+            if not waiting:
+                return failed
+            time.sleep(0.25)
+
+    def _delete_unneeded(self, head: Sequence) -> None:
+        needed = {app_name(ref) for ref in head.experts}
+        now = time.monotonic()
+        for name in serve.status().applications:
+            if not name.startswith("see-expert-"):
+                continue
+            if name in needed:
+                self._unneeded.pop(name, None)
+            elif now - self._unneeded.setdefault(name, now) > LINGER_S:
+                serve.delete(name, _blocking=False)
+                del self._unneeded[name]
+
+
+def _with(live: Live, **changes: Any) -> Live:
+    return Live(**{**live.__dict__, **changes})
+
+
+def _reason(state: Any) -> str:
+    """The line of Serve's message that names the error, where it has one."""
+    text = "\n".join([state.message, *(d.message for d in state.deployments.values())])
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line and not line.startswith("File")]
+    return (named or lines or ["it did not start"])[-1][:400]

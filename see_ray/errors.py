@@ -1,0 +1,100 @@
+"""Every error that a user can meet.
+
+    SeeError
+    ├── ConfigError            a setting is missing, misspelt or out of bounds
+    ├── BaseModelError         the base model cannot be found, read or trusted
+    │   └── FingerprintError   an expert was fitted on another base model
+    ├── TaskError              an arriving task cannot be read
+    │   └── BadRowsError       some of its rows are not usable; lists them
+    ├── FitError               fitting an expert stopped
+    ├── StoreError             the expert store cannot be read or written
+    │   ├── NotFoundError      no such expert or sequence version
+    │   └── ConflictError      the change does not fit what is live now
+    └── ServingError           the endpoint cannot start or cannot answer
+        └── RequestError       a request cannot be answered as it stands (HTTP 4xx)
+
+A message says what failed, what was found, and what to do next. These errors cross
+process boundaries (Ray pickles them), so every subclass with arguments of its own
+hands all of them to ``super().__init__``.
+"""
+
+
+class SeeError(Exception):
+    """Base of all errors that users see; the CLI prints its message as one line."""
+
+
+class ConfigError(SeeError):
+    """A setting is missing, misspelt or out of bounds."""
+
+
+class BaseModelError(SeeError):
+    """The base model cannot be found, read or trusted."""
+
+
+class FingerprintError(BaseModelError):
+    """An expert was fitted on another base model than the one at hand."""
+
+
+class TaskError(SeeError):
+    """An arriving task cannot be read."""
+
+
+class BadRowsError(TaskError):
+    """Some rows of a task are unusable. ``rows`` lists them as (where, reason)."""
+
+    def __init__(self, message: str, rows: tuple[tuple[str, str], ...]):
+        super().__init__(message, rows)
+        self.rows = rows
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class FitError(SeeError):
+    """Fitting an expert stopped."""
+
+
+class StoreError(SeeError):
+    """The expert store cannot be read or written."""
+
+
+class NotFoundError(StoreError):
+    """No such expert or sequence version."""
+
+
+class ConflictError(StoreError):
+    """The change does not fit what is live now."""
+
+
+class ServingError(SeeError):
+    """The endpoint cannot start or cannot answer."""
+
+
+class RequestError(ServingError):
+    """A request cannot be answered as it stands; becomes an OpenAI error body.
+
+    Args:
+        message: what is wrong, with the numbers that matter.
+        status: HTTP status code.
+        type: OpenAI error type, such as ``invalid_request_error``.
+        param: name of the request field at fault, or None.
+        code: OpenAI error code, such as ``model_not_found``, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ):
+        super().__init__(message, status, type, param, code)
+        self.message = message
+        self.status = status
+        self.type = type
+        self.param = param
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.message

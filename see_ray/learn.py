@@ -1,0 +1,349 @@
+"""From an arriving task to a live expert: the whole path. Read this first.
+
+    read the task ─► reconstruct ─► fit ─► calibrate ─► store ─► publish
+       task.py      reconstruct.py   fit.py  calibrate.py     store.py
+
+A running endpoint notices the new sequence version by itself (`deployer`). Nothing of earlier
+experts changes on the way; their rehearsal samples are only read.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from see_ray.activation import Activation, activation_of, encode_prompt
+from see_ray.base_model import BaseModel, context_length, find, load_tokenizer
+from see_ray.calibrate import Calibration, calibrate
+from see_ray.config import Config
+from see_ray.fit import FitSummary, Progress, fit_expert
+from see_ray.reconstruct import Chat, Reconstruction, general_cache, needed_general, read_general_file, reconstruct
+from see_ray.store import ExpertStore, Manifest
+from see_ray.store import Sequence as ExpertSequence
+from see_ray.task import Row, Task, read_task
+
+MOST_KEPT = 50
+"""Held-out rows that an expert keeps for the calibration of later ones."""
+
+
+class Listener:
+    """Is told how learning goes; this one ignores it. The command line has one that draws."""
+
+    def step(self, title: str) -> None:
+        """A step begins."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know."""
+
+    def progress(self, title: str, done: int, total: int, detail: str = "") -> None:
+        """How far the step is."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An arriving task, ready to be fitted."""
+
+    task: Task
+    base: BaseModel
+    tokenizer: Any
+    activation: Activation
+    reconstruction: Reconstruction
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What :func:`learn` made."""
+
+    manifest: Manifest
+    sequence: ExpertSequence
+    fit: FitSummary
+    calibration: Calibration
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an arriving task comes from, and how it is read; see `task.read_task`."""
+
+    path: str
+    name: str | None = None
+    max_rows: int | None = None
+    skip_bad_rows: bool = False
+
+
+def prepare(source: Source, config: Config, listener: Listener) -> Prepared:
+    """Read a task and reconstruct its training set.
+
+    Raises:
+        BaseModelError, TaskError, ConfigError, StoreError: see the modules of each step.
+    """
+    listener.step("Reading the base model and the task")
+    base = find(config.base_model)
+    tokenizer = load_tokenizer(base)
+    activation = activation_of(tokenizer, config.base_model, config.fit)
+    longest = min(config.fit.max_length or 1 << 30, context_length(base, config.base_model))
+
+    def count_tokens(row: Row) -> int:
+        response = tokenizer(row.response, add_special_tokens=False)["input_ids"]
+        return len(encode_prompt(tokenizer, row.messages)) + len(response) + 2  # indicator, end of turn
+
+    task = read_task(
+        source.path,
+        name=source.name,
+        eval_share=config.reconstruct.eval_share,
+        seed=config.fit.seed,
+        max_rows=source.max_rows,
+        max_eval_rows=config.reconstruct.max_eval_rows,
+        skip_bad_rows=source.skip_bad_rows,
+        max_length=longest,
+        count_tokens=count_tokens,
+    )
+    for note in task.notes:
+        listener.note(note)
+    store = ExpertStore.open(config.store.url)
+    earlier = {
+        ref.name: (
+            _chats(store.read_text(ref, "rehearsal.jsonl")),
+            _chats(store.read_text(ref, "eval.jsonl")),
+        )
+        for ref in store.head().experts
+        if ref.name != task.name
+    }
+    general = _general_queries(base, config, listener)
+    made = reconstruct(
+        task, tokenizer, activation, config.reconstruct, earlier=earlier, general=general, seed=config.fit.seed
+    )
+    return Prepared(task, base, tokenizer, activation, made)
+
+
+def learn(source: Source, config: Config, *, replace: bool = False, listener: Listener | None = None) -> Learned:
+    """Teach the system one task. Needs a connection to Ray.
+
+    Args:
+        source: the arriving task.
+        config: everything else.
+        replace: the expert takes the place of a live one of the same name.
+        listener: is told of every step.
+
+    Raises:
+        SeeError: any of the steps failed; what was live before still is.
+    """
+    listener = listener or Listener()
+    clock = _Clock()
+    prepared = prepare(source, config, listener)
+    name = prepared.task.name
+    store = ExpertStore.open(config.store.url)
+    if not replace:
+        _refuse_live_name(store, name)
+    clock.lap("prepare")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        summary = _fit(prepared, config, folder, listener)
+        clock.lap("fit")
+        calibration = _calibrate(prepared, config, folder, listener)
+        clock.lap("calibrate")
+        listener.step("Storing and publishing the expert")
+        _write_companions(folder, prepared, config, calibration)
+        activation = prepared.activation
+        manifest = store.save(
+            folder,
+            name=name,
+            task=source.path,
+            base_model=prepared.base.name,
+            fingerprint=prepared.base.fingerprint,
+            form=config.fit.form,
+            activation_tokens=activation.tokens,
+            generation_prompt=activation.generation_prompt,
+            indicator_tokens=(activation.accept, activation.refuse),
+            threshold=calibration.threshold,
+            metrics=calibration.metrics(),
+            r=config.fit.r,
+        )
+        sequence = store.publish(manifest.ref, replace=replace)
+        clock.lap("publish")
+    return Learned(manifest, sequence, summary, calibration, clock.laps)
+
+
+# --- steps ---------------------------------------------------------------------------------
+
+
+def _fit(prepared: Prepared, config: Config, folder: Path, listener: Listener) -> FitSummary:
+    listener.step(f"Fitting {prepared.task.name}: {_counted(prepared.reconstruction)}")
+
+    def on_progress(progress: Progress) -> None:
+        if progress.phase == "fit":
+            loss = "" if progress.loss is None else f"loss {progress.loss:.3f}"
+            rate = "" if progress.tokens_per_s is None else f"{progress.tokens_per_s:.0f} tokens/s"
+            listener.progress("fitting", progress.done, progress.total, f"{loss}, {rate}")
+        else:
+            titles = {"starting": "starting workers", "prefix": "reading prefixes", "saving": "saving the adapter"}
+            listener.progress(titles[progress.phase], progress.done, progress.total)
+
+    return fit_expert(
+        prepared.reconstruction.train,
+        prepared.base,
+        prepared.activation,
+        config.base_model,
+        config.fit,
+        folder,
+        run_name=f"{prepared.task.name}-{uuid.uuid4().hex[:8]}",
+        on_progress=on_progress,
+    )
+
+
+def _calibrate(prepared: Prepared, config: Config, folder: Path, listener: Listener) -> Calibration:
+    made = prepared.reconstruction
+    listener.step(f"Calibrating on {len(made.own)} own and {len(made.foreign)} foreign held-out queries")
+    prompts = [ids for _, ids in made.own] + [ids for _, ids in made.foreign]
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    decide = _remote(_decide, config)
+    decisions = _get(decide.remote(config, prepared.activation, files, prompts))
+    own, foreign = decisions[: len(made.own)], decisions[len(made.own) :]
+    return calibrate(
+        own,
+        [(kind, p) for (kind, _), p in zip(made.foreign, foreign, strict=True)],
+        config.calibrate.false_accept_rate,
+    )
+
+
+def _decide(
+    config: Config, activation: Activation, files: dict[str, bytes], prompts: Sequence[list[int]]
+) -> list[float]:
+    """P(accept) of an adapter for many prompts; runs where there is room for the base model."""
+    import os
+
+    import torch
+
+    from see_ray.engine.embedded import EmbeddedEngine, Expert
+
+    torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, content in files.items():
+            (Path(temporary) / name).write_bytes(content)
+        engine = EmbeddedEngine(find(config.base_model), config.base_model)
+        engine.load(Expert("new", Path(temporary), activation))
+        return engine.decide_batch(prompts, "new")
+
+
+def _general_queries(base: BaseModel, config: Config, listener: Listener) -> list[Chat]:
+    needed = needed_general(config.reconstruct)
+    if needed == 0:
+        return []
+    if config.reconstruct.general_negatives_file is not None:
+        return read_general_file(config.reconstruct.general_negatives_file)
+    cached = general_cache(base, config.base_model, config.fit.seed)
+    if cached.is_file() and len(found := read_general_file(cached)) >= needed:
+        return found[:needed]
+    listener.step(f"Sampling {needed} general queries from the base model (once; kept in the cache)")
+    import ray
+
+    board = ray.remote(_Counter).options(num_cpus=0).remote()
+    pending = _remote(_sample_general, config).remote(config, needed, board)
+    while not ray.wait([pending], timeout=1)[0]:
+        listener.progress("sampling", *ray.get(board.read.remote(), timeout=30))
+    chats = _get(pending)
+    if not cached.is_file():  # sampled on another node
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    return chats
+
+
+def _sample_general(config: Config, count: int, board: Any) -> list[Chat]:
+    import os
+
+    import torch
+
+    from see_ray.reconstruct import sample_general
+
+    torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
+    base = find(config.base_model)
+    return sample_general(base, config.base_model, count, config.fit.seed, lambda *now: board.write.remote(now))
+
+
+class _Counter:
+    """A Ray actor that remembers (done, total)."""
+
+    def __init__(self) -> None:
+        self._now = (0, 1)
+
+    def write(self, now: tuple[int, int]) -> None:
+        self._now = now
+
+    def read(self) -> tuple[int, int]:
+        return self._now
+
+
+def _remote(work: Callable[..., Any], config: Config) -> Any:
+    """A function as a Ray remote function with the resources of one fit worker."""
+    import ray
+
+    gpu = bool(ray.cluster_resources().get("GPU")) if config.fit.use_gpu == "auto" else config.fit.use_gpu
+    return ray.remote(work).options(num_cpus=config.fit.cpus_per_worker, num_gpus=int(gpu), max_retries=2)
+
+
+def _get(pending: Any) -> Any:
+    """A remote result; our own errors come back as themselves."""
+    import ray
+
+    from see_ray.errors import SeeError
+
+    try:
+        return ray.get(pending)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, SeeError):
+            raise error.cause from error
+        raise
+
+
+def _write_companions(folder: Path, prepared: Prepared, config: Config, calibration: Calibration) -> None:
+    """What an expert keeps beside its adapter: for later experts, and for whoever asks how it was made."""
+    made = prepared.reconstruction
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (folder / "calibration.json").write_text(json.dumps(asdict(calibration), indent=2), encoding="utf-8")
+    _write_lines(folder / "rehearsal.jsonl", [{"messages": chat} for chat in made.rehearsal])
+    kept = [row for row, _ in made.own[:MOST_KEPT]]
+    _write_lines(folder / "eval.jsonl", [{"messages": row.messages, "response": row.response} for row in kept])
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _chats(text: str) -> list[Chat]:
+    return [json.loads(line)["messages"] for line in text.split("\n") if line]
+
+
+def _refuse_live_name(store: ExpertStore, name: str) -> None:
+    """Before hours of fitting rather than after; publishing checks again."""
+    from see_ray.errors import ConflictError
+
+    for ref in store.head().experts:
+        if ref.name == name:
+            raise ConflictError(
+                f"{ref.id} is live already; say --replace to put the new expert in its place, "
+                "or --name to call the new one otherwise"
+            )
+
+
+def _counted(made: Reconstruction) -> str:
+    counts = made.counts()
+    return f"{counts['accept']} accept, {counts['rehearsal']} rehearsal and {counts['general']} general pass examples"
+
+
+class _Clock:
+    """Seconds of each step, rounded."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 1)
+        self._last = now

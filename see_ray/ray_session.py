@@ -1,0 +1,38 @@
+"""Connecting to Ray: to the cluster that is there, else to a new one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from see_ray.errors import ServingError
+
+
+def connect() -> bool:
+    """Connect this process to Ray; True if a new local Ray was started for it.
+
+    `$RAY_ADDRESS` is respected (a submitted job has it set), then a Ray that runs on this
+    machine, and otherwise Ray starts here, on loopback, and ends with this process.
+
+    Raises:
+        ServingError: the cluster cannot be reached.
+    """
+    # Read by this process and by all that Ray starts from here; they must agree.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    try:
+        context = ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = os.environ.get("RAY_ADDRESS") or "this machine"
+        raise ServingError(f"cannot connect to Ray on {where}: {str(error).splitlines()[0]}") from error
+    return (
+        context.address_info.get("node_id") is not None
+        and ray._private.worker._global_node is not None
+        and bool(ray._private.worker._global_node.head)
+    )
