@@ -73,7 +73,7 @@ class FitConfig(Section):
     num_train_epochs: int = Field(default=3, ge=1)
     """Passes over the accept and pass examples."""
 
-    train_batch_size: int = Field(default=8, ge=1)
+    train_batch_size: int = Field(default=16, ge=1)
     """Examples per optimizer step over all workers together. An even share goes to each
     worker, so the result does not depend on how many there are."""
 

@@ -28,13 +28,17 @@ from see_ray.config import BaseModelConfig, FitConfig
 from see_ray.errors import FitError, SeeError
 from see_ray.reconstruct import Example
 
+RESULT = "result.json"
+"""What worker 0 leaves beside the adapter for the driver: summary and held-out decisions."""
+
 
 @dataclass(frozen=True)
 class Progress:
     """Where a fit stands, as its workers tell it.
 
     Attributes:
-        phase: `starting`, `prefix` (reading prefixes), `fit` (taking steps) or `saving`.
+        phase: `starting`, `prefix` (reading prefixes), `fit` (taking steps), `held-out` (deciding on
+            held-out prompts) or `saving`.
         done, total: batches or steps of this phase.
         loss: of the last step; None outside `fit`.
         tokens_per_s: prompt and response tokens of the examples seen, per second since start.
@@ -45,6 +49,14 @@ class Progress:
     total: int
     loss: float | None = None
     tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit gives besides the adapter: its summary, and P(accept) of each held-out prompt."""
+
+    summary: FitSummary
+    decisions: list[float]
 
 
 @dataclass(frozen=True)
@@ -75,12 +87,14 @@ def fit_expert(
     folder: Path,
     *,
     run_name: str,
+    held_out: Sequence[Sequence[int]] = (),
     on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> FitSummary:
+) -> Fitted:
     """Fit an adapter on `examples` and write it to `folder` as a PEFT folder.
 
     Needs a connection to Ray. `folder` gets `adapter_config.json`,
-    `adapter_model.safetensors` and `fit.json`.
+    `adapter_model.safetensors` and `fit.json`. The fitted adapter then decides on the `held_out`
+    prompts (token ids) while it is still loaded.
 
     Raises:
         FitError: the workers could not start, or a step failed; says where the log is.
@@ -98,6 +112,7 @@ def fit_expert(
         train_loop_config={
             "examples": ray.put(list(examples)),
             "fingerprint": base.fingerprint,
+            "held_out": ray.put([list(prompt) for prompt in held_out]),
             "activation": activation,
             "base_config": base_config.model_dump(mode="json"),
             "config": config.model_dump(mode="json"),
@@ -121,7 +136,11 @@ def fit_expert(
     if result.checkpoint is None:
         raise FitError(f"the fit {run_name} ended without an adapter; see the worker logs in {storage}/{run_name}")
     result.checkpoint.to_directory(folder)
-    return FitSummary(**json.loads((folder / "fit.json").read_text(encoding="utf-8")))
+    made = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    (folder / RESULT).unlink()
+    summary = FitSummary(**made["summary"])
+    (folder / "fit.json").write_text(json.dumps(made["summary"], indent=2), encoding="utf-8")
+    return Fitted(summary, made["decisions"])
 
 
 class _Board:

@@ -23,14 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from see_ray.activation import Activation
+from see_ray.activation import Activation, p_accept
 from see_ray.base_model import BaseModel, dtype_of, find, load_model
 from see_ray.config import BaseModelConfig, FitConfig
 from see_ray.errors import FingerprintError, FitError
-from see_ray.fit import FitSummary, Progress
+from see_ray.fit import RESULT, FitSummary, Progress
 from see_ray.prefix import Prefix, forward, logits_of, prefill
 from see_ray.reconstruct import Example
 from see_ray.schedule import Schedule
+
+DECIDE_ROWS = 16
+"""Held-out prompts that are decided in one forward pass."""
 
 
 def fit_share(settings: dict[str, Any]) -> None:
@@ -88,6 +91,7 @@ def fit_share(settings: dict[str, Any]) -> None:
         rate = tokens / (time.perf_counter() - started)
         report(Progress("fit", len(losses), schedule.steps, losses[-1], rate))
     seconds = time.perf_counter() - started
+    decisions = share.decide(ray.get(settings["held_out"]), report)
     report(Progress("saving", 1, 1))
     summary = FitSummary(
         steps=len(losses),
@@ -106,7 +110,8 @@ def fit_share(settings: dict[str, Any]) -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         _save(model, activation, base, Path(temporary), rank, engine.zero_optimization_stage())
-        (Path(temporary) / "fit.json").write_text(json.dumps(asdict(summary), indent=2), encoding="utf-8")
+        made = {"summary": asdict(summary), "decisions": decisions}
+        (Path(temporary) / RESULT).write_text(json.dumps(made), encoding="utf-8")
         checkpoint = train.Checkpoint.from_directory(temporary) if rank == 0 else None
         train.report({"loss": losses[-1], "step": len(losses)}, checkpoint=checkpoint)
 
@@ -218,6 +223,28 @@ class _Share:
         if world > 1:
             torch.distributed.all_reduce(total)
         return float(total)
+
+    @torch.no_grad()
+    def decide(self, prompts: Sequence[list[int]], report: Callable[[Progress], Any]) -> list[float]:
+        """P(accept) of the adapter for held-out prompts; every worker reads all, which keeps
+        collective operations in step."""
+        self._peft.eval()
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        found = [0.0] * len(prompts)
+        for start in range(0, len(order), DECIDE_ROWS):
+            report(Progress("held-out", start, len(order)))
+            batch = order[start : start + DECIDE_ROWS]
+            splits = [self._activation.split(prompts[number]) for number in batch]
+            prefix = Prefix((), (0,) * len(batch))
+            if self._activation.tokens is not None:
+                with self._peft.disable_adapter():
+                    prefix = prefill(self._inner, [left for left, _ in splits])
+            hidden, _ = forward(self._inner, prefix, [right for _, right in splits])
+            last = [len(right) - 1 for _, right in splits]
+            logits = logits_of(self._inner, hidden[range(len(batch)), last]).float()
+            for number, row in zip(batch, logits.tolist(), strict=True):
+                found[number] = p_accept(row[self._activation.accept], row[self._activation.refuse])
+        return found
 
     def hit_rate(self) -> float:
         """Share of prefixes that a step found kept instead of reading them again."""

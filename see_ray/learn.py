@@ -13,7 +13,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from see_ray.activation import Activation, activation_of, encode_prompt
 from see_ray.base_model import BaseModel, context_length, find, load_tokenizer
 from see_ray.calibrate import Calibration, calibrate
 from see_ray.config import Config
-from see_ray.fit import FitSummary, Progress, fit_expert
+from see_ray.errors import ConflictError, SeeError
+from see_ray.fit import FitSummary, Fitted, Progress, fit_expert
 from see_ray.reconstruct import Chat, Reconstruction, general_cache, needed_general, read_general_file, reconstruct
 from see_ray.store import ExpertStore, Manifest
 from see_ray.store import Sequence as ExpertSequence
@@ -77,8 +78,9 @@ class Source:
     skip_bad_rows: bool = False
 
 
-def prepare(source: Source, config: Config, listener: Listener) -> Prepared:
-    """Read a task and reconstruct its training set.
+def prepare(source: Source, config: Config, listener: Listener, *, replace: bool = True) -> Prepared:
+    """Read a task and reconstruct its training set; with `replace` False, a live expert of the
+    task's name is refused before anything long begins.
 
     Raises:
         BaseModelError, TaskError, ConfigError, StoreError: see the modules of each step.
@@ -107,6 +109,8 @@ def prepare(source: Source, config: Config, listener: Listener) -> Prepared:
     for note in task.notes:
         listener.note(note)
     store = ExpertStore.open(config.store.url)
+    if not replace:
+        _refuse_live_name(store, task.name)
     earlier = {
         ref.name: (
             _chats(store.read_text(ref, "rehearsal.jsonl")),
@@ -136,24 +140,20 @@ def learn(source: Source, config: Config, *, replace: bool = False, listener: Li
     """
     listener = listener or Listener()
     clock = _Clock()
-    prepared = prepare(source, config, listener)
-    name = prepared.task.name
-    store = ExpertStore.open(config.store.url)
-    if not replace:
-        _refuse_live_name(store, name)
+    prepared = prepare(source, config, listener, replace=replace)
     clock.lap("prepare")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        summary = _fit(prepared, config, folder, listener)
+        fitted = _fit(prepared, config, folder, listener)
         clock.lap("fit")
-        calibration = _calibrate(prepared, config, folder, listener)
-        clock.lap("calibrate")
+        calibration = _calibrate(prepared, config, fitted.decisions)
         listener.step("Storing and publishing the expert")
         _write_companions(folder, prepared, config, calibration)
         activation = prepared.activation
+        store = ExpertStore.open(config.store.url)
         manifest = store.save(
             folder,
-            name=name,
+            name=prepared.task.name,
             task=source.path,
             base_model=prepared.base.name,
             fingerprint=prepared.base.fingerprint,
@@ -167,14 +167,15 @@ def learn(source: Source, config: Config, *, replace: bool = False, listener: Li
         )
         sequence = store.publish(manifest.ref, replace=replace)
         clock.lap("publish")
-    return Learned(manifest, sequence, summary, calibration, clock.laps)
+    return Learned(manifest, sequence, fitted.summary, calibration, clock.laps)
 
 
 # --- steps ---------------------------------------------------------------------------------
 
 
-def _fit(prepared: Prepared, config: Config, folder: Path, listener: Listener) -> FitSummary:
-    listener.step(f"Fitting {prepared.task.name}: {_counted(prepared.reconstruction)}")
+def _fit(prepared: Prepared, config: Config, folder: Path, listener: Listener) -> Fitted:
+    made = prepared.reconstruction
+    listener.step(f"Fitting {prepared.task.name}: {_counted(made)}")
 
     def on_progress(progress: Progress) -> None:
         if progress.phase == "fit":
@@ -182,53 +183,35 @@ def _fit(prepared: Prepared, config: Config, folder: Path, listener: Listener) -
             rate = "" if progress.tokens_per_s is None else f"{progress.tokens_per_s:.0f} tokens/s"
             listener.progress("fitting", progress.done, progress.total, f"{loss}, {rate}")
         else:
-            titles = {"starting": "starting workers", "prefix": "reading prefixes", "saving": "saving the adapter"}
+            titles = {
+                "starting": "starting workers",
+                "prefix": "reading prefixes",
+                "held-out": "deciding on held-out queries",
+                "saving": "saving the adapter",
+            }
             listener.progress(titles[progress.phase], progress.done, progress.total)
 
     return fit_expert(
-        prepared.reconstruction.train,
+        made.train,
         prepared.base,
         prepared.activation,
         config.base_model,
         config.fit,
         folder,
         run_name=f"{prepared.task.name}-{uuid.uuid4().hex[:8]}",
+        held_out=[ids for _, ids in [*made.own, *made.foreign]],
         on_progress=on_progress,
     )
 
 
-def _calibrate(prepared: Prepared, config: Config, folder: Path, listener: Listener) -> Calibration:
+def _calibrate(prepared: Prepared, config: Config, decisions: list[float]) -> Calibration:
     made = prepared.reconstruction
-    listener.step(f"Calibrating on {len(made.own)} own and {len(made.foreign)} foreign held-out queries")
-    prompts = [ids for _, ids in made.own] + [ids for _, ids in made.foreign]
-    files = {file.name: file.read_bytes() for file in folder.iterdir()}
-    decide = _remote(_decide, config)
-    decisions = _get(decide.remote(config, prepared.activation, files, prompts))
     own, foreign = decisions[: len(made.own)], decisions[len(made.own) :]
     return calibrate(
         own,
         [(kind, p) for (kind, _), p in zip(made.foreign, foreign, strict=True)],
         config.calibrate.false_accept_rate,
     )
-
-
-def _decide(
-    config: Config, activation: Activation, files: dict[str, bytes], prompts: Sequence[list[int]]
-) -> list[float]:
-    """P(accept) of an adapter for many prompts; runs where there is room for the base model."""
-    import os
-
-    import torch
-
-    from see_ray.engine.embedded import EmbeddedEngine, Expert
-
-    torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory() as temporary:
-        for name, content in files.items():
-            (Path(temporary) / name).write_bytes(content)
-        engine = EmbeddedEngine(find(config.base_model), config.base_model)
-        engine.load(Expert("new", Path(temporary), activation))
-        return engine.decide_batch(prompts, "new")
 
 
 def _general_queries(base: BaseModel, config: Config, listener: Listener) -> list[Chat]:
@@ -291,8 +274,6 @@ def _get(pending: Any) -> Any:
     """A remote result; our own errors come back as themselves."""
     import ray
 
-    from see_ray.errors import SeeError
-
     try:
         return ray.get(pending)
     except ray.exceptions.RayTaskError as error:
@@ -321,8 +302,6 @@ def _chats(text: str) -> list[Chat]:
 
 def _refuse_live_name(store: ExpertStore, name: str) -> None:
     """Before hours of fitting rather than after; publishing checks again."""
-    from see_ray.errors import ConflictError
-
     for ref in store.head().experts:
         if ref.name == name:
             raise ConflictError(

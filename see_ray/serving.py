@@ -164,7 +164,7 @@ class Ingress:
 
     async def _route(self, request: Request) -> Response:
         body = api.parse(api.RouteRequest, await self._body(request), self._config.serve.max_body_bytes)
-        prompt = self._encode(body.chat() or [{"role": "user", "content": body.prompt}])
+        prompt = self._encode(body.chat() or [{"role": "user", "content": body.prompt or ""}])
         trace = await self._find(api.parse_model(body.model), prompt, body.model)
         content = {"object": "see.trace", "model": body.model, "prompt_tokens": len(prompt), "see": trace.body()}
         return JSONResponse(content, headers={"x-see-expert": trace.answered_by})
@@ -372,8 +372,11 @@ def start(config: Config) -> str:
 
 
 def stop() -> None:
-    """Take the endpoint down."""
-    serve.shutdown()
+    """Take the endpoint down: the ingress first, so that nothing new comes in. Other Serve
+    applications of the cluster are left alone."""
+    names = [name for name in serve.status().applications if name == INGRESS_APP or name.startswith("see-")]
+    for name in sorted(names, key=lambda name: name != INGRESS_APP):
+        serve.delete(name)
 
 
 def about_replicas(experts: list[ExpertRef]) -> list[dict[str, Any]]:

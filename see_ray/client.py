@@ -1,0 +1,172 @@
+"""The HTTP client behind `see ask` and `see route`; it knows URLs and JSON, not experts.
+
+    ask(url, "…")    -> the answer in pieces, as they arrive
+    route(url, "…")  -> who would answer, and why
+    health(url)      -> what is live
+
+Whatever goes wrong comes out as a ServingError; what the endpoint refuses (HTTP 4xx) as a RequestError.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from see_ray.errors import RequestError, ServingError
+
+Json = dict[str, Any]
+
+CONNECT_S, SILENCE_S = 5.0, 600.0
+"""Seconds to wait for a connection, and for the next piece of an answer."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer.
+
+    Attributes:
+        text: what it adds to the answer; may be empty.
+        trace: who answers and why (`chain.Trace.body`); the first piece has it.
+        finish_reason: `stop` or `length`; the last piece has it.
+    """
+
+    text: str
+    trace: Json | None = None
+    finish_reason: str | None = None
+
+
+def ask(
+    url: str,
+    prompt: str,
+    *,
+    model: str = "see",
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    api_key: str | None = None,
+    stream: bool = True,
+) -> Iterator[Piece]:
+    """Ask the endpoint at `url` and yield the answer: piece by piece, or whole without `stream`.
+
+    Raises:
+        RequestError: the endpoint refuses the request; the message is its own.
+        ServingError: there is no endpoint, it failed, or the answer broke off.
+    """
+    body = {"model": model, "messages": _chat(prompt), "stream": stream}
+    limits = {"max_tokens": max_tokens, "temperature": temperature}
+    body |= {field: value for field, value in limits.items() if value is not None}
+    with _connected(url, api_key) as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+        _check(response)
+        if not stream:
+            response.read()
+            answer = _json(response)
+            choice = answer["choices"][0]
+            yield Piece(choice["message"]["content"], answer.get("see"), choice["finish_reason"])
+            return
+        for event in _events(response):
+            for choice in event["choices"]:
+                yield Piece(choice["delta"].get("content") or "", event.get("see"), choice["finish_reason"])
+
+
+def route(url: str, prompt: str, *, api_key: str | None = None) -> Json:
+    """Who would answer `prompt`: the body of `POST /v1/route`, its trace under `see`. Raises as :func:`ask` does."""
+    with _connected(url, api_key) as client:
+        response = client.post("/v1/route", json={"model": "see", "messages": _chat(prompt)})
+        _check(response)
+        return _json(response)
+
+
+def health(url: str, patience_s: float = 10.0) -> Json:
+    """The body of `GET /health`, asked again for `patience_s` seconds while the endpoint is starting."""
+    deadline = time.monotonic() + patience_s
+    with _connected(url) as client:
+        while (response := client.get("/health")).status_code == 503 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        _check(response)
+        return _json(response)
+
+
+def _chat(prompt: str) -> list[dict[str, str]]:
+    # An argument that is not UTF-8 reaches Python as lone surrogates, which JSON cannot hold.
+    text = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return [{"role": "user", "content": text}]
+
+
+@contextmanager
+def _connected(url: str, api_key: str | None = None) -> Iterator[httpx.Client]:
+    """A client of the endpoint; what fails inside the block becomes a ServingError."""
+    base = url.rstrip("/").removesuffix("/v1")
+    key = (api_key or "").strip().encode("utf-8", "surrogateescape")
+    try:
+        with httpx.Client(
+            base_url=base,
+            headers={b"Authorization": b"Bearer " + key} if key else None,
+            timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
+            trust_env=not _is_this_machine(base),  # a proxy of the environment leads away from here
+        ) as client:
+            yield client
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise ServingError(f"no endpoint at {url} ({error}); start one with `see serve`") from error
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise ServingError(f"cannot use the URL {url} ({error}); write it as http://host:port") from error
+    except httpx.TimeoutException as error:
+        raise ServingError(f"{url} sent nothing for {SILENCE_S:.0f} s; see the log of `see serve`") from error
+    except httpx.TransportError as error:
+        raise ServingError(f"the connection to {url} broke off: {error or type(error).__name__}") from error
+
+
+def _is_this_machine(url: str) -> bool:
+    host = httpx.URL(url).host
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check(response: httpx.Response) -> None:
+    """Raise what an HTTP error says."""
+    if response.is_success:
+        return
+    response.read()
+    try:
+        error = json.loads(response.content)["error"]
+        message = str(error["message"])
+    except (ValueError, KeyError, TypeError) as unknown:
+        found = f"{response.status_code} {response.reason_phrase}: {' '.join(response.text.split())[:200]}"
+        raise ServingError(f"{response.url} answered {found.strip(': ')}; is that the URL of `see serve`?") from unknown
+    if response.status_code >= 500:
+        raise ServingError(message)
+    if response.status_code == 401:
+        message += "; give --api-key or set SEE_API_KEY"
+    raise RequestError(message, response.status_code, str(error.get("type")), error.get("param"), error.get("code"))
+
+
+def _json(response: httpx.Response) -> Json:
+    try:
+        body = json.loads(response.content)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise ServingError(f"{response.url} did not answer with a JSON object; is that the URL of `see serve`?")
+    return body
+
+
+def _events(response: httpx.Response) -> Iterator[Json]:
+    """The JSON of each server-sent event, up to `[DONE]`; an error among them is raised."""
+    for line in response.iter_lines():
+        if not line.startswith("data:"):
+            continue
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
+            return
+        event = json.loads(data)
+        if "error" in event:
+            raise ServingError(f"the answer broke off: {event['error']['message']}")
+        yield event
+    raise ServingError(f"{response.url} broke off the answer; see the log of `see serve`")
