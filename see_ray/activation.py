@@ -112,8 +112,10 @@ def user_turn_start(tokenizer: Any) -> str:
 
 
 def p_accept(accept_logit: float, pass_logit: float) -> float:
-    """The decision: softmax over the two indicator logits."""
-    return 1.0 / (1.0 + math.exp(min(pass_logit - accept_logit, 700.0)))
+    """The decision: softmax over the two indicator logits, always below 1, so that there is a
+    threshold that refuses it."""
+    gap = min(max(pass_logit - accept_logit, -36.0), 700.0)  # exp(-36) is the last to make a difference
+    return 1.0 / (1.0 + math.exp(gap))
 
 
 def _indicators(tokenizer: Any, base: BaseModelConfig) -> tuple[int, int]:

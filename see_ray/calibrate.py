@@ -88,8 +88,9 @@ def _threshold(own: list[float], foreign: list[float], rate: float) -> float:
         if wanted > 0.5:
             threshold = max(threshold, 0.5)
     else:
-        threshold = math.nextafter(barrier, 1.0)
-    return min(max(threshold, LOWEST), max(HIGHEST, math.nextafter(barrier, 1.0)))
+        threshold = barrier
+    # Last of all the barrier: rounding, too, must not let more through than is allowed.
+    return max(min(max(threshold, LOWEST), HIGHEST), math.nextafter(barrier, 2.0))
 
 
 def wilson_upper(hits: int, n: int, z: float = 1.96) -> float:

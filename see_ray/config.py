@@ -17,7 +17,7 @@ from see_ray.errors import ConfigError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class BaseModelConfig(Section):
@@ -128,8 +128,8 @@ class ReconstructConfig(Section):
     """From a task to accept and pass examples (SEE, arXiv 2504.06664)."""
 
     rehearsal_share: float = Field(default=0.1, ge=0, le=1)
-    """Share of each earlier task's training queries that become pass examples, relative to
-    that task's size; also the share of this task that is kept for later experts."""
+    """Share of a task's training queries that its expert keeps; each later expert gets them as
+    pass examples."""
 
     general_negatives: int = Field(default=64, ge=0)
     """General queries that become pass examples."""
@@ -261,8 +261,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     if path is not None:
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict):
@@ -282,7 +282,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"cannot read the setting {override!r}; write it as section.field=value, such as fit.r=32")
     node = data
     for key in keys[:-1]:
-        node = node.setdefault(key, {})
+        if node.get(key) is None:  # absent, or a section without content
+            node[key] = {}
+        node = node[key]
         if not isinstance(node, dict):
             raise ConfigError(f"cannot set {dotted}: {key} is not a section")
     try:

@@ -78,9 +78,7 @@ def run_demo(folder: Path, rows: int, listener: Listener) -> int:
     finally:
         serving.stop()
         if own_ray:
-            import ray
-
-            ray.shutdown()
+            ray_session.disconnect()
     seconds["in all"] = time.perf_counter() - began
     print(_report(outcomes, general, unseen, seconds))
     _save(folder, outcomes, general, unseen, seconds)

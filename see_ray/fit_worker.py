@@ -27,7 +27,7 @@ from see_ray.activation import Activation, p_accept
 from see_ray.base_model import BaseModel, dtype_of, find, load_model
 from see_ray.config import BaseModelConfig, FitConfig
 from see_ray.errors import FingerprintError, FitError
-from see_ray.fit import RESULT, FitSummary, Progress
+from see_ray.fit_report import RESULT, FitSummary, Progress
 from see_ray.prefix import Prefix, forward, logits_of, prefill
 from see_ray.reconstruct import Example
 from see_ray.schedule import Schedule

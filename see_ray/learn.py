@@ -23,7 +23,8 @@ from see_ray.base_model import BaseModel, context_length, find, load_tokenizer
 from see_ray.calibrate import Calibration, calibrate
 from see_ray.config import Config
 from see_ray.errors import ConflictError, SeeError
-from see_ray.fit import FitSummary, Fitted, Progress, fit_expert
+from see_ray.fit import Fitted, fit_expert
+from see_ray.fit_report import FitSummary, Progress
 from see_ray.reconstruct import Chat, Reconstruction, general_cache, needed_general, read_general_file, reconstruct
 from see_ray.store import ExpertStore, Manifest
 from see_ray.store import Sequence as ExpertSequence
@@ -219,7 +220,14 @@ def _general_queries(base: BaseModel, config: Config, listener: Listener) -> lis
     if needed == 0:
         return []
     if config.reconstruct.general_negatives_file is not None:
-        return read_general_file(config.reconstruct.general_negatives_file)
+        chats = read_general_file(config.reconstruct.general_negatives_file)
+        if len(chats) < needed:
+            file = config.reconstruct.general_negatives_file
+            listener.note(
+                f"{file} holds {len(chats)} general queries of the {needed} wanted "
+                "(reconstruct.general_negatives and a quarter more, held out to calibrate)"
+            )
+        return chats
     cached = general_cache(base, config.base_model, config.fit.seed)
     if cached.is_file() and len(found := read_general_file(cached)) >= needed:
         return found[:needed]

@@ -19,6 +19,13 @@ WORKER_ENVIRONMENT = {
 """Handed on to the workers of a Ray that starts here; a cluster sets it for its nodes."""
 
 
+def disconnect() -> None:
+    """Leave Ray; one that was started for this process ends."""
+    import ray
+
+    ray.shutdown()
+
+
 def connect() -> bool:
     """Connect this process to Ray; True if a new local Ray was started for it.
 

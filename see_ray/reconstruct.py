@@ -105,18 +105,22 @@ def reconstruct(
     def refuse(chat: Chat, kind: Literal["rehearsal", "general"]) -> Example:
         return Example(tuple(encode_prompt(tokenizer, chat)), (activation.refuse,), kind)
 
-    # A query that this task holds too cannot be foreign to it.
-    own_prompts = {tuple(row.prompt) for row in (*task.train, *task.eval)}
+    # A query that this task holds too cannot be foreign to it, and none may be both fitted on
+    # and held out.
+    seen = {tuple(row.prompt) for row in (*task.train, *task.eval)}
 
-    def is_foreign(chat: Chat) -> bool:
-        return tuple((turn["role"], turn["content"]) for turn in chat) not in own_prompts
+    def is_new(chat: Chat) -> bool:
+        key = tuple((turn["role"], turn["content"]) for turn in chat)
+        new = key not in seen
+        seen.add(key)
+        return new
 
     train = [accept(row) for row in task.train]
     foreign: list[tuple[str, list[int]]] = []
     for name, (rehearsal, held_out) in sorted(earlier.items()):
-        train += [refuse(chat, "rehearsal") for chat in rehearsal if is_foreign(chat)]
-        foreign += [(name, encode_prompt(tokenizer, chat)) for chat in held_out if is_foreign(chat)]
-    chosen = [chat for chat in general if is_foreign(chat)]
+        train += [refuse(chat, "rehearsal") for chat in rehearsal if is_new(chat)]
+        foreign += [(name, encode_prompt(tokenizer, chat)) for chat in held_out if is_new(chat)]
+    chosen = [chat for chat in general if is_new(chat)]
     draw.shuffle(chosen)
     kept = math.ceil(config.general_negatives * HELD_OUT_SHARE)
     train += [refuse(chat, "general") for chat in chosen[: config.general_negatives]]
@@ -164,7 +168,7 @@ def read_general_file(path: Path) -> list[Chat]:
     """
     chats: list[Chat] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold other line breaks
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read reconstruct.general_negatives_file {path}: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -172,8 +176,11 @@ def read_general_file(path: Path) -> list[Chat]:
             continue
         try:
             row = json.loads(line)
-            chat = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-            chats.append([{"role": str(turn["role"]), "content": str(turn["content"])} for turn in chat])
+            chat = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+            chat = [{"role": turn["role"], "content": turn["content"]} for turn in chat]
+            if not chat or not all(isinstance(text, str) for turn in chat for text in turn.values()):
+                raise ValueError("roles and contents must be text")
+            chats.append(chat)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f'{path}:{number}: expected {{"prompt": …}} or {{"messages": […]}}') from error
     return chats

@@ -374,8 +374,11 @@ def start(config: Config) -> str:
 def stop() -> None:
     """Take the endpoint down: the ingress first, so that nothing new comes in. Other Serve
     applications of the cluster are left alone."""
-    names = [name for name in serve.status().applications if name == INGRESS_APP or name.startswith("see-")]
-    for name in sorted(names, key=lambda name: name != INGRESS_APP):
+    running = set(serve.status().applications)
+    ours = {name for name in running if name == INGRESS_APP or name.startswith("see-")}
+    if running == ours:
+        return serve.shutdown()
+    for name in sorted(ours, key=lambda name: name != INGRESS_APP):
         serve.delete(name)
 
 

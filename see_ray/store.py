@@ -46,8 +46,7 @@ _NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
 _REF = re.compile(rf"({_NAME})(?:@([1-9][0-9]{{0,8}}))?")
 _IN_EXPERT = re.compile(rf"experts/({_NAME})/([1-9][0-9]{{0,8}})/(.+)")
 _SNAPSHOT = re.compile(r"sequence/([0-9]{8})\.json")
-# Neither ".." nor a leading "/": a shared bucket is no reason to write outside the cache. Nor "#":
-# obstore takes a local file whose name ends in "#1" for an unfinished one of its own.
+# No ".." or leading "/", which would write outside the cache; no "#", which obstore keeps for itself.
 _FILE = r"^(\.?[A-Za-z0-9_-][A-Za-z0-9_.-]*/)*\.?[A-Za-z0-9_-][A-Za-z0-9_.-]*$"
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION; for a compatible store also AWS_ENDPOINT_URL, "

@@ -1,0 +1,141 @@
+"""One Ray, one set of fitted experts and one endpoint for the whole test run.
+
+Fitting and starting take most of the time, so tests share them; what a test changes it undoes.
+Everything is float32, so that token-for-token comparisons mean something on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from see_ray.demo_tasks import DemoTask, demo_tasks, general_questions
+
+SETTINGS = [
+    "base_model.dtype=float32",
+    "reconstruct.general_negatives=16",
+    "reconstruct.max_eval_rows=8",
+    "fit.r=8",
+    "fit.learning_rate=2.0e-3",
+    "fit.num_train_epochs=2",
+]
+
+
+@pytest.fixture(scope="session")
+def tasks() -> dict[str, DemoTask]:
+    """Small tasks by name: 40 training rows, 40 test rows."""
+    return {task.name: task for task in demo_tasks(rows=40, test_rows=40, seed=1)}
+
+
+@pytest.fixture(scope="session")
+def general_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("general") / "general.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in general_questions()[:20]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory, general_file: Path) -> Any:
+    """Settings for fast fits, with a store and a port of their own."""
+    from see_ray.config import load_config
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    store = tmp_path_factory.mktemp("store") / "experts"
+    own = [f"store.url={store}", f"serve.port={port}", f"reconstruct.general_negatives_file={general_file}"]
+    return load_config(None, [*SETTINGS, *own])
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    from see_ray import ray_session
+
+    ray_session.connect()
+    yield
+    ray_session.disconnect()
+
+
+@pytest.fixture(scope="session")
+def task_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[DemoTask, int], Path]:
+    """Writes the first rows of a task as JSONL."""
+    folder = tmp_path_factory.mktemp("tasks")
+
+    def write(task: DemoTask, rows: int) -> Path:
+        path = folder / f"{task.name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in task.train[:rows]), encoding="utf-8")
+        return path
+
+    return write
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Experts in the store: `live` ones in order of arrival, and `spare` ones that were only fitted."""
+
+    live: list[Any]
+    spare: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def experts(config: Any, ray_here: None, tasks: dict[str, DemoTask], task_file: Callable[..., Path]) -> Fitted:
+    """tickets and dates, adapted from the last prompt token on; `upper`, adapted from the whole
+    generation prompt on (PEFT's own aLoRA), fitted but not live."""
+    from see_ray.learn import Source, learn
+    from see_ray.store import ExpertStore
+
+    live = [learn(Source(str(task_file(tasks[name], 40))), config) for name in ("tickets", "dates")]
+    whole = config.model_copy(update={"fit": config.fit.model_copy(update={"activation_tokens": "all"})})
+    upper = learn(Source(str(task_file(tasks["contacts"], 24)), name="upper"), whole)
+    ExpertStore.open(config.store.url).remove("upper")
+    return Fitted([learned.manifest for learned in live], {"upper": upper.manifest})
+
+
+@pytest.fixture(scope="session")
+def endpoint(config: Any, experts: Fitted) -> Iterator[str]:
+    """URL of a live endpoint with the experts tickets and dates."""
+    from see_ray import serving
+
+    yield serving.start(config)
+    serving.stop()
+
+
+@pytest.fixture(scope="session")
+def base(config: Any) -> Any:
+    from see_ray.base_model import find
+
+    return find(config.base_model)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base: Any) -> Any:
+    from see_ray.base_model import load_tokenizer
+
+    return load_tokenizer(base)
+
+
+@pytest.fixture(scope="session")
+def engine(config: Any, base: Any, experts: Fitted) -> Any:
+    """An engine in this process with all three experts."""
+    from see_ray.engine.embedded import EmbeddedEngine, Expert
+    from see_ray.replica import activation_of_manifest
+    from see_ray.store import ExpertStore
+
+    engine = EmbeddedEngine(base, config.base_model)
+    store = ExpertStore.open(config.store.url)
+    for manifest in (*experts.live, *experts.spare.values()):
+        folder = store.fetch(manifest.ref, Path("unused"))
+        engine.load(Expert(manifest.name, folder, activation_of_manifest(manifest)))
+    return engine
+
+
+@pytest.fixture(scope="session")
+def mixed_queries(tasks: dict[str, DemoTask]) -> Sequence[str]:
+    """100 queries: 30 of each task, and 10 general ones."""
+    own = [row["prompt"] for task in tasks.values() for row in task.test[:30]]
+    return [*own, *general_questions()[-10:]]

@@ -1,0 +1,191 @@
+"""The embedded engine against PEFT and transformers, with really fitted experts, in float32."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from see_ray.activation import encode_prompt
+from see_ray.base_model import load_model
+from see_ray.engine.embedded import Draw, Expert
+from see_ray.errors import ServingError
+from see_ray.store import ExpertStore
+
+
+def ids(tokenizer, prompt: str) -> list[int]:
+    return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+
+
+async def answer(engine, prompt: list[int], expert: str | None, count: int = 12, draw: Draw | None = None) -> list[int]:
+    return [token async for token in engine.generate(prompt, expert, count, draw)]
+
+
+@pytest.fixture(scope="module")
+def peft_upper(config, base, experts):
+    """The expert `upper` as PEFT alone loads it: an aLoRA on the plain base model."""
+    from peft import PeftModel
+
+    folder = ExpertStore.open(config.store.url).fetch(experts.spare["upper"].ref, Path("unused"))
+    return PeftModel.from_pretrained(load_model(base, config.base_model), folder).eval()
+
+
+@pytest.fixture
+def contacts(tasks, tokenizer) -> list[list[int]]:
+    return [ids(tokenizer, row["prompt"]) for row in tasks["contacts"].test[:6]]
+
+
+def test_peft_reads_where_an_alora_adapter_is_activated(peft_upper, experts):
+    settings = peft_upper.peft_config["default"]
+    assert settings.alora_invocation_tokens == list(experts.spare["upper"].generation_prompt)
+
+
+def test_an_adapter_that_peft_cannot_activate_alike_is_plain_lora_to_it(config, experts):
+    from peft import PeftConfig
+
+    for manifest in experts.live:
+        folder = ExpertStore.open(config.store.url).fetch(manifest.ref, Path("unused"))
+        assert PeftConfig.from_pretrained(folder).alora_invocation_tokens is None
+
+
+def test_decision_logits_are_those_of_pefts_alora_on_the_whole_text(engine, peft_upper, experts, contacts):
+    indicators = list(experts.spare["upper"].indicator_tokens)
+    for prompt in contacts:
+        ours = engine._next_logits(prompt, ["upper"])[0, indicators]
+        with torch.inference_mode():
+            theirs = peft_upper(input_ids=torch.tensor([prompt])).logits[0, -1, indicators]
+        assert torch.allclose(ours, theirs, atol=2e-3)
+
+
+def test_the_base_model_alone_would_decide_otherwise(engine, experts, contacts):
+    indicators = list(experts.spare["upper"].indicator_tokens)
+    base, adapted = (engine._next_logits(contacts[0], [name])[0, indicators] for name in (None, "upper"))
+    assert not torch.allclose(base, adapted, atol=1.0)
+
+
+def test_answers_are_pefts_greedy_answers(engine, peft_upper, experts, contacts):
+    accept = experts.spare["upper"].indicator_tokens[0]
+    for prompt in contacts[:3]:
+        start = torch.tensor([[*prompt, accept]])
+        theirs = peft_upper.generate(input_ids=start, max_new_tokens=12, do_sample=False)[0, start.shape[1] :].tolist()
+        theirs = theirs[: theirs.index(2)] if 2 in theirs else theirs
+        assert asyncio.run(answer(engine, prompt, "upper")) == theirs
+
+
+def test_the_generalist_answers_as_the_base_model_does(engine, base, config, tokenizer):
+    prompt = ids(tokenizer, "What is the capital of France?")
+    model = load_model(base, config.base_model)
+    theirs = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
+    expected = [token for token in theirs.tolist() if token not in engine.eos]
+    assert asyncio.run(answer(engine, prompt, None)) == expected
+
+
+def test_deciding_together_is_deciding_alone(engine, contacts):
+    names = ["tickets", "dates", "upper"]
+    for prompt in contacts:
+        together = engine.decide_now(prompt, names)
+        alone = [engine.decide_now(prompt, [name])[0] for name in names]
+        assert together == pytest.approx(alone, abs=1e-4)
+
+
+def test_deciding_in_batches_is_deciding_one_by_one(engine, tokenizer, mixed_queries):
+    prompts = [ids(tokenizer, text) for text in mixed_queries[::9]]
+    one_by_one = [engine.decide_now(prompt, ["dates"])[0] for prompt in prompts]
+    assert engine.decide_batch(prompts, "dates", rows=5) == pytest.approx(one_by_one, abs=1e-4)
+
+
+def test_experts_know_their_own_from_others(engine, tokenizer, tasks):
+    for name, other in (("tickets", "contacts"), ("dates", "tickets")):
+        own, foreign = ([ids(tokenizer, row["prompt"]) for row in tasks[task].test[:12]] for task in (name, other))
+        accepted = [p > 0.5 for p in engine.decide_batch(own, name)]
+        refused = [p < 0.5 for p in engine.decide_batch(foreign, name)]
+        assert sum(accepted) >= 11
+        assert sum(refused) >= 9
+
+
+def test_a_seed_repeats_a_sampled_answer(engine, tokenizer):
+    prompt = ids(tokenizer, "Tell me a story.")
+    first, again, other = (
+        asyncio.run(answer(engine, prompt, None, 10, Draw(temperature=1.0, seed=seed))) for seed in (3, 3, 4)
+    )
+    assert first == again != other
+
+
+def test_requests_take_turns(engine, tokenizer):
+    async def both() -> list[str]:
+        order: list[str] = []
+
+        async def one(name: str) -> None:
+            async for _ in engine.generate(ids(tokenizer, f"Write a poem about {name}."), None, 6):
+                order.append(name)
+
+        await asyncio.gather(one("a"), one("b"))
+        return order
+
+    order = asyncio.run(both())
+    assert order != sorted(order)
+    assert sorted(order) == ["a"] * 6 + ["b"] * 6
+
+
+def test_kept_prefixes_are_bounded(engine, tokenizer, monkeypatch):
+    monkeypatch.setattr(engine, "_room", 100)
+    for number in range(8):
+        engine.decide_now(ids(tokenizer, f"Question number {number}"), ["dates"])
+        assert sum(len(key) for _, key in engine._prefixes) <= 100
+
+
+def test_a_full_form_expert_reads_the_whole_prompt_by_itself(engine, experts, config, base, tokenizer):
+    """The same weights applied from the first token on decide as PEFT's plain LoRA does."""
+    from peft import PeftModel
+
+    manifest = experts.live[0]
+    folder = ExpertStore.open(config.store.url).fetch(manifest.ref, Path("unused"))
+    from dataclasses import replace
+
+    from see_ray.replica import activation_of_manifest
+
+    engine.load(Expert("everywhere", folder, replace(activation_of_manifest(manifest), tokens=None)))
+    try:
+        prompt = ids(tokenizer, "My parcel has not arrived.")
+        plain = PeftModel.from_pretrained(load_model(base, config.base_model), folder).eval()
+        with torch.inference_mode():
+            theirs = plain(input_ids=torch.tensor([prompt])).logits[0, -1]
+        assert torch.allclose(engine._next_logits(prompt, ["everywhere"])[0], theirs, atol=5e-3)
+    finally:
+        engine.unload("everywhere")
+
+
+def test_an_adapter_that_changes_nothing_is_refused(engine, config, experts, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from see_ray.replica import activation_of_manifest
+
+    manifest = experts.live[0]
+    folder = ExpertStore.open(config.store.url).fetch(manifest.ref, Path("unused"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({key: torch.zeros_like(value) for key, value in weights.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
+    with pytest.raises(ServingError, match="changes nothing"):
+        engine.load(Expert("null", tmp_path, activation_of_manifest(manifest)))
+
+
+def test_an_adapter_for_another_model_is_refused(engine, config, experts, tmp_path):
+    from safetensors.torch import save_file
+
+    from see_ray.replica import activation_of_manifest
+
+    manifest = experts.live[0]
+    folder = ExpertStore.open(config.store.url).fetch(manifest.ref, Path("unused"))
+    (tmp_path / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
+    key = "base_model.model.model.layers.99.mlp.up_proj.lora_{}.weight"
+    weights = {key.format("A"): torch.ones(8, 4), key.format("B"): torch.ones(4, 8)}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ServingError, match=r"layers\.99"):
+        engine.load(Expert("foreign", tmp_path, activation_of_manifest(manifest)))
+
+
+def test_an_unknown_expert_is_an_error_not_the_base_model(engine, contacts):
+    with pytest.raises(ServingError, match="no expert nobody"):
+        engine.decide_now(contacts[0], ["nobody"])

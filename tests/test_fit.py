@@ -1,0 +1,113 @@
+"""Fitting with Ray Train and DeepSpeed: any number of workers and ZeRO stage, the same expert."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from see_ray.activation import activation_of
+from see_ray.errors import FitError
+from see_ray.fit import fit_expert
+from see_ray.fit_report import Progress
+from see_ray.reconstruct import read_general_file, reconstruct
+from see_ray.task import read_task
+
+TOLERANCE = 0.02
+"""Largest difference of P(accept) between fits that differ only in how sums are ordered."""
+
+
+@pytest.fixture(scope="module")
+def made(config, tokenizer, tasks, task_file, general_file):
+    """21 accept and 16 pass examples: neither divides by the workers or by the batch."""
+    task = read_task(task_file(tasks["dates"], 24), eval_share=0.1)
+    activation = activation_of(tokenizer, config.base_model, config.fit)
+    general = read_general_file(general_file)
+    return activation, reconstruct(task, tokenizer, activation, config.reconstruct, earlier={}, general=general, seed=0)
+
+
+@pytest.fixture(scope="module")
+def fit(config, ray_here, base, made, tokenizer, tasks, tmp_path_factory):
+    """Fits with changed settings; returns the folder and what fit_expert returned."""
+    from see_ray.activation import encode_prompt
+
+    _, reconstruction = made
+    held_out = [
+        encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
+        for name in ("dates", "tickets")
+        for row in tasks[name].test[:8]
+    ]
+
+    def run(name: str, on_progress=lambda progress: None, **changes):
+        folder = tmp_path_factory.mktemp(name)
+        settings = config.fit.model_copy(update={"train_batch_size": 8, "threads_per_worker": 1, **changes})
+        point = activation_of(tokenizer, config.base_model, settings)
+        fitted = fit_expert(
+            reconstruction.train, base, point, config.base_model, settings, folder,
+            run_name=f"test-{name}-{folder.name}", held_out=held_out, on_progress=on_progress,
+        )  # fmt: skip
+        return folder, fitted
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_worker(fit):
+    seen: list[Progress] = []
+    folder, fitted = fit("one", seen.append)
+    return folder, fitted, seen
+
+
+def test_a_fit_learns(one_worker):
+    summary = one_worker[1].summary
+    assert summary.last_loss < summary.first_loss / 5
+    assert summary.steps == len(summary.losses) == 2 * 5  # 2 epochs of 37 examples, 8 a step
+
+
+def test_held_out_decisions_tell_own_from_foreign(one_worker):
+    decisions = one_worker[1].decisions
+    assert sum(p > 0.5 for p in decisions[:8]) >= 7
+    assert sum(decisions[8:]) / 8 < sum(decisions[:8]) / 8
+
+
+def test_the_workers_tell_their_progress(one_worker):
+    phases = [progress.phase for progress in one_worker[2]]
+    assert "starting" in phases
+    steps = [progress for progress in one_worker[2] if progress.phase == "fit"]
+    assert [progress.done for progress in steps] == sorted(progress.done for progress in steps)
+    assert all(progress.total == 10 and progress.loss > 0 and progress.tokens_per_s > 0 for progress in steps)
+
+
+def test_prefixes_are_read_once_and_kept(one_worker):
+    assert one_worker[1].summary.kv_hit_rate == 1.0
+
+
+def test_the_result_is_a_peft_folder(one_worker):
+    folder = one_worker[0]
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert (settings["peft_type"], settings["r"], settings["base_model_name_or_path"]) == ("LORA", 8, "embedded")
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "fit.json"}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_workers_fit_the_same_expert_as_one(fit, one_worker, stage):
+    _, fitted = fit(f"zero{stage}", num_workers=2, zero_stage=stage)
+    assert (fitted.summary.workers, fitted.summary.zero_stage) == (2, stage)
+    assert fitted.summary.losses[0] == pytest.approx(one_worker[1].summary.losses[0], rel=1e-4)
+    assert fitted.decisions == pytest.approx(one_worker[1].decisions, abs=TOLERANCE)
+
+
+def test_the_full_form_comes_from_the_same_code_and_keeps_no_prefix(fit):
+    _, fitted = fit("full", form="full", num_train_epochs=1)
+    assert fitted.summary.kv_hit_rate == 0.0
+    assert fitted.summary.last_loss < fitted.summary.first_loss
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit(fit):
+    with pytest.raises(FitError, match=r"loss became (nan|inf)"):
+        fit("nan", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0)
+
+
+def test_a_target_module_that_does_not_exist_is_named(fit):
+    with pytest.raises(FitError, match="no_such_layer"):
+        fit("target", target_modules=("no_such_layer",))
