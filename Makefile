@@ -1,8 +1,6 @@
 # Everything runs in .venv; `make setup` builds it from pyproject.toml and constraints.txt.
 #
 #   make setup PYTHON=python3.12                                  another Python
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
-#                                                                 torch without CUDA on Linux
 
 PYTHON ?= python3
 BIN := .venv/bin

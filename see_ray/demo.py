@@ -33,8 +33,13 @@ AT_ONCE = 4
 
 LIVE_WITHIN_S = 60
 
-SETTINGS = ["reconstruct.general_negatives=48", "reconstruct.max_eval_rows=24"]
-"""Fewer general queries than by default, to be done within minutes on two cores."""
+SETTINGS = [
+    "reconstruct.general_negatives=48",
+    "reconstruct.max_eval_rows=24",
+    "fit.num_train_epochs=2",
+    "fit.train_batch_size=8",
+]
+"""Less of everything than by default, to be done within minutes on two cores."""
 
 
 @dataclass(frozen=True)

@@ -101,13 +101,17 @@ class Deployer:
             self._adopt(head, store)
         elif self._live.store_error or self._live.pending is not None:
             self._live = _with(self._live, store_error=None, pending=None)
-        self._delete_unneeded(head)
+        for name, since in list(self._unneeded.items()):
+            if time.monotonic() - since > LINGER_S:
+                serve.delete(name, _blocking=False)
+                del self._unneeded[name]
 
     def _adopt(self, head: Sequence, store: ExpertStore) -> None:
         running = serve.status().applications
+        while any(name in running and running[name].status == "DELETING" for name in map(app_name, head.experts)):
+            time.sleep(0.25)  # removed a moment ago and published again: start it anew once it is gone
+            running = serve.status().applications
         missing = [ref for ref in head.experts if app_name(ref) not in running]
-        for ref in missing:
-            self._unneeded.pop(app_name(ref), None)
         if missing:
             serve.run_many(
                 [
@@ -125,6 +129,9 @@ class Deployer:
                 created = int(manifest.created_at.timestamp())
                 experts.append(LiveExpert(ref.name, ref.version, manifest.threshold, created, app_name(ref)))
         self._live = Live(head.version, tuple(experts), failed)
+        needed, now = {app_name(ref) for ref in head.experts}, time.monotonic()
+        ours = {name for name in running if name.startswith("see-expert-")}
+        self._unneeded = {name: self._unneeded.get(name, now) for name in ours - needed}
 
     def _wait(self, head: Sequence) -> dict[str, str]:
         """Wait until each expert runs or has failed; returns the latter with the reason."""
@@ -141,18 +148,6 @@ class Deployer:
             if not waiting:
                 return failed
             time.sleep(0.25)
-
-    def _delete_unneeded(self, head: Sequence) -> None:
-        needed = {app_name(ref) for ref in head.experts}
-        now = time.monotonic()
-        for name in serve.status().applications:
-            if not name.startswith("see-expert-"):
-                continue
-            if name in needed:
-                self._unneeded.pop(name, None)
-            elif now - self._unneeded.setdefault(name, now) > LINGER_S:
-                serve.delete(name, _blocking=False)
-                del self._unneeded[name]
 
 
 def _with(live: Live, **changes: Any) -> Live:

@@ -22,7 +22,7 @@ from see_ray.activation import Activation, activation_of, encode_prompt
 from see_ray.base_model import BaseModel, context_length, find, load_tokenizer
 from see_ray.calibrate import Calibration, calibrate
 from see_ray.config import Config
-from see_ray.errors import ConflictError, SeeError
+from see_ray.errors import ConflictError, FingerprintError, SeeError
 from see_ray.fit import Fitted, fit_expert
 from see_ray.fit_report import FitSummary, Progress
 from see_ray.reconstruct import Chat, Reconstruction, general_cache, needed_general, read_general_file, reconstruct
@@ -110,14 +110,14 @@ def prepare(source: Source, config: Config, listener: Listener, *, replace: bool
     for note in task.notes:
         listener.note(note)
     store = ExpertStore.open(config.store.url)
-    if not replace:
-        _refuse_live_name(store, task.name)
+    head = store.head()
+    _refuse(head, store, task.name, base, replace)
     earlier = {
         ref.name: (
             _chats(store.read_text(ref, "rehearsal.jsonl")),
             _chats(store.read_text(ref, "eval.jsonl")),
         )
-        for ref in store.head().experts
+        for ref in head.experts
         if ref.name != task.name
     }
     general = _general_queries(base, config, listener)
@@ -308,13 +308,20 @@ def _chats(text: str) -> list[Chat]:
     return [json.loads(line)["messages"] for line in text.split("\n") if line]
 
 
-def _refuse_live_name(store: ExpertStore, name: str) -> None:
-    """Before hours of fitting rather than after; publishing checks again."""
-    for ref in store.head().experts:
-        if ref.name == name:
+def _refuse(head: ExpertSequence, store: ExpertStore, name: str, base: BaseModel, replace: bool) -> None:
+    """What publishing would refuse: said before hours of fitting rather than after."""
+    for ref in head.experts:
+        if ref.name == name and not replace:
             raise ConflictError(
                 f"{ref.id} is live already; say --replace to put the new expert in its place, "
                 "or --name to call the new one otherwise"
+            )
+    for manifest in map(store.manifest, head.experts[-1:]):  # one stands for all
+        if manifest.fingerprint != base.fingerprint:
+            raise FingerprintError(
+                f"the live experts of {store.url} belong to the base model {manifest.base_model} "
+                f"({manifest.fingerprint[:12]}), not to {base.name} ({base.fingerprint[:12]}); "
+                "set base_model.name to that one, or use another store"
             )
 
 

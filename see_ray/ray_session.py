@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 from see_ray.errors import ServingError
 
 WORKER_ENVIRONMENT = {
-    # Where several processes compute at once, threads that spin while they wait make each other
-    # many times slower.
-    "OMP_WAIT_POLICY": "PASSIVE",
+    # Ray would run workers at the lowest priority but four: threads that compute together then
+    # wait for each other whenever anything else on the machine stirs.
+    "RAY_worker_niceness": "0",
     # glibc would return every large tensor's memory to the system and fetch it again: a third of
     # the time of a step on CPU.
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
@@ -45,14 +46,16 @@ def connect() -> bool:
 
     if ray.is_initialized():
         return False
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
-        context = ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+        try:
+            ray.init(address="auto", **quiet)
+        except ConnectionError:
+            if os.environ.get("RAY_ADDRESS"):
+                raise
+            ray.init(address="local", include_dashboard=False, **quiet)
+            return True
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS") or "this machine"
         raise ServingError(f"cannot connect to Ray on {where}: {str(error).splitlines()[0]}") from error
-    return (
-        context.address_info.get("node_id") is not None
-        and ray._private.worker._global_node is not None
-        and bool(ray._private.worker._global_node.head)
-    )
+    return False

@@ -282,7 +282,9 @@ class Ingress:
 @web.exception_handler(HTTPException)
 async def _no_such_page(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}; GET /v1/models and POST /v1/chat/completions exist"
-    return _error_response(RequestError(message, error.status_code, code="unknown_url"))
+    response = _error_response(RequestError(message, error.status_code, code="unknown_url"))
+    response.headers["x-request-id"] = api.request_id(request.headers.get("x-request-id"))
+    return response
 
 
 def _as_request_error(error: Exception, request_id: str = "") -> RequestError:
