@@ -2,6 +2,7 @@
 
     ask(url, "…")    -> the answer in pieces, as they arrive
     route(url, "…")  -> who would answer, and why
+    ask_all, route_all: the same for many prompts, several at a time
     health(url)      -> what is live
 
 Whatever goes wrong comes out as a ServingError; what the endpoint refuses (HTTP 4xx) as a RequestError.
@@ -12,16 +13,21 @@ from __future__ import annotations
 import ipaddress
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from see_ray.errors import RequestError, ServingError
 
 Json = dict[str, Any]
+_T = TypeVar("_T")
+
+AT_ONCE = 4
+"""Requests of `ask_all` and `route_all` under way at the same time."""
 
 CONNECT_S, SILENCE_S = 5.0, 600.0
 """Seconds to wait for a connection, and for the next piece of an answer."""
@@ -80,6 +86,40 @@ def route(url: str, prompt: str, *, api_key: str | None = None) -> Json:
         response = client.post("/v1/route", json={"model": "see", "messages": _chat(prompt)})
         _check(response)
         return _json(response)
+
+
+def ask_all(
+    url: str,
+    prompts: Sequence[str],
+    *,
+    model: str = "see",
+    max_tokens: int | None = None,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
+) -> list[tuple[str, str]]:
+    """Ask many prompts greedily, `AT_ONCE` at a time; gives (answer, who answered) of each."""
+
+    def one(prompt: str) -> tuple[str, str]:
+        pieces = list(ask(url, prompt, model=model, max_tokens=max_tokens, temperature=0))
+        trace = next(piece.trace for piece in pieces if piece.trace)
+        return "".join(piece.text for piece in pieces), trace["answered_by"]
+
+    return _together(one, prompts, on_done)
+
+
+def route_all(
+    url: str, prompts: Sequence[str], *, on_done: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:
+    """Who would answer each of many prompts, `AT_ONCE` at a time."""
+    return _together(lambda prompt: str(route(url, prompt)["see"]["answered_by"]), prompts, on_done)
+
+
+def _together(one: Callable[[str], _T], prompts: Sequence[str], on_done: Callable[[int, int], None]) -> list[_T]:
+    done: list[_T] = []
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for answer in pool.map(one, prompts):
+            done.append(answer)
+            on_done(len(done), len(prompts))
+    return done
 
 
 def health(url: str, patience_s: float = 10.0) -> Json:

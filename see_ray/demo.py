@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from see_ray import client, ray_session, terminal
+from see_ray.chain import GENERALIST
 from see_ray.config import Config, load_config
 from see_ray.demo_tasks import DemoTask, demo_tasks, general_questions, unseen_queries
 from see_ray.errors import ServingError
@@ -24,12 +26,9 @@ from see_ray.learn import Listener, Source, learn
 from see_ray.store import ExpertStore
 
 EVAL_ROWS = 24
-TEST_ROWS = 24
-LONGEST_ANSWER = 48
+TEST_ROWS = 20
+LONGEST_ANSWER = 40
 """Tokens; the right answers are shorter."""
-
-AT_ONCE = 4
-"""Requests under way at the same time."""
 
 LIVE_WITHIN_S = 60
 
@@ -132,13 +131,19 @@ def _ask_task(task: DemoTask, url: str, listener: Listener) -> Outcome:
     listener.step(f"Asking the {len(task.test)} test rows of {task.name}")
     prompts = [row["prompt"] for row in task.test]
     right = [row["response"].strip() for row in task.test]
-    routed = _ask(prompts, url, "see", listener)
-    generalist = _ask(prompts, url, "see:generalist", listener)
+
+    def ask(prompts: list[str], model: str) -> list[tuple[str, str]]:
+        told = partial(listener.progress, f"asking {model}")
+        return client.ask_all(url, prompts, model=model, max_tokens=LONGEST_ANSWER, on_done=told)
+
+    with ThreadPoolExecutor() as pool:  # each keeps another replica busy
+        generalist_asked = pool.submit(ask, prompts, "see:generalist")
+        routed, generalist = ask(prompts, "see"), generalist_asked.result()
     # An answer that the expert gave on its own account is what it gives when it is named; the
     # few that went elsewhere are asked for by name.
     astray = [i for i, (_, who) in enumerate(routed) if who != task.name]
     expert = [text for text, _ in routed]
-    for i, (text, _) in zip(astray, _ask([prompts[i] for i in astray], url, f"see:{task.name}", listener), strict=True):
+    for i, (text, _) in zip(astray, ask([prompts[i] for i in astray], f"see:{task.name}"), strict=True):
         expert[i] = text
 
     def score(answers: list[str]) -> float:
@@ -153,36 +158,15 @@ def _ask_task(task: DemoTask, url: str, listener: Listener) -> Outcome:
     )
 
 
-def _ask(prompts: list[str], url: str, model: str, listener: Listener) -> list[tuple[str, str]]:
-    """(answer, who gave it) of each prompt."""
-
-    def ask(prompt: str) -> tuple[str, str]:
-        pieces = list(client.ask(url, prompt, model=model, max_tokens=LONGEST_ANSWER, temperature=0))
-        trace = next(piece.trace for piece in pieces if piece.trace)
-        return "".join(piece.text for piece in pieces), trace["answered_by"]
-
-    return _together(ask, prompts, f"asking {model}", listener)
-
-
 def _ask_others(url: str, listener: Listener) -> tuple[float, float]:
     """Shares of general questions, and of an unseen task's queries, that reach the generalist."""
     listener.step("Asking general questions and queries of a task that nobody learned")
 
-    def to_generalist(prompt: str) -> bool:
-        return bool(client.route(url, prompt)["see"]["answered_by"] == "generalist")
+    def to_generalist(prompts: list[str], title: str) -> float:
+        told = partial(listener.progress, title)
+        return client.route_all(url, prompts, on_done=told).count(GENERALIST) / len(prompts)
 
-    general = _together(to_generalist, general_questions(), "general questions", listener)
-    unseen = _together(to_generalist, unseen_queries(), "unseen task", listener)
-    return sum(general) / len(general), sum(unseen) / len(unseen)
-
-
-def _together(ask: Callable[[str], Any], prompts: list[str], title: str, listener: Listener) -> list[Any]:
-    answers = []
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for answer in pool.map(ask, prompts):
-            answers.append(answer)
-            listener.progress(title, len(answers), len(prompts))
-    return answers
+    return to_generalist(general_questions(), "general questions"), to_generalist(unseen_queries(), "unseen task")
 
 
 # --- the end -----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ SETTINGS = [
     "fit.r=8",
     "fit.learning_rate=2.0e-3",
     "fit.num_train_epochs=2",
+    "fit.train_batch_size=4",
 ]
 
 

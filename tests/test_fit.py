@@ -108,6 +108,10 @@ def test_a_loss_that_is_not_finite_stops_the_fit(fit):
         fit("nan", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0)
 
 
-def test_a_target_module_that_does_not_exist_is_named(fit):
+def test_a_target_module_that_does_not_exist_is_named(base, config):
+    from see_ray.base_model import load_model
+    from see_ray.fit_worker import _with_adapter
+
+    settings = config.fit.model_copy(update={"target_modules": ("no_such_layer",)})
     with pytest.raises(FitError, match="no_such_layer"):
-        fit("target", target_modules=("no_such_layer",))
+        _with_adapter(load_model(base, config.base_model), settings)
