@@ -41,6 +41,7 @@ ORDER = [
     "ray_session",
     "replica",
     "deployer",
+    "ingress",
     "serving",
     "learn",
     "demo_tasks",
@@ -50,7 +51,7 @@ ORDER = [
     "cli",
 ]
 
-IMPORTS_RAY = {"fit", "fit_worker", "ray_session", "replica", "deployer", "serving", "learn", "demo"}
+IMPORTS_RAY = {"fit", "fit_worker", "ray_session", "replica", "deployer", "ingress", "serving", "learn", "demo"}
 IMPORTS_TORCH_AT_ONCE = {"prefix", "fit_worker", "engine.embedded"}
 
 LEFTOVERS = {"utils", "util", "common", "helpers", "helper", "manager", "types", "misc"}
