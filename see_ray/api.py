@@ -291,14 +291,9 @@ class ModelEntry:
     parent: str | None = None
 
 
-def new_id(kind: Literal["chatcmpl", "cmpl", "req"]) -> str:
-    """A fresh id of a chat completion, a completion or a request."""
+def new_id(kind: Literal["chatcmpl", "cmpl"]) -> str:
+    """A fresh id of a chat completion or a completion."""
     return f"{kind}-{uuid.uuid4().hex}"
-
-
-def request_id(given: str | None) -> str:
-    """The client's `x-request-id` if it is 1 to 128 printable ASCII characters without spaces, else a new one."""
-    return given if given and re.fullmatch(r"[!-~]{1,128}", given) else new_id("req")
 
 
 class Head(TypedDict):

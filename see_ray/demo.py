@@ -133,7 +133,7 @@ def _ask_task(task: DemoTask, url: str, listener: Listener) -> Outcome:
     right = [row["response"].strip() for row in task.test]
 
     def ask(prompts: list[str], model: str) -> list[tuple[str, str]]:
-        told = partial(listener.progress, f"asking {model}")
+        told = partial(listener.progress, "asking") if model == "see" else lambda done, total: None
         return client.ask_all(url, prompts, model=model, max_tokens=LONGEST_ANSWER, on_done=told)
 
     with ThreadPoolExecutor() as pool:  # each keeps another replica busy

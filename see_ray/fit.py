@@ -18,7 +18,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,8 @@ def fit_expert(
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    with _watched(board, on_progress):
+    wanted = f"{config.num_workers} x {config.cpus_per_worker:g} CPU{' and 1 GPU' if gpu else ''}"
+    with _watched(board, wanted, on_progress):
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
@@ -124,7 +125,7 @@ class _Board:
 
 
 @contextlib.contextmanager
-def _watched(board: Any, on_progress: Callable[[Progress], None]) -> Iterator[None]:
+def _watched(board: Any, wanted: str, on_progress: Callable[[Progress], None]) -> Iterator[None]:
     """Read the board while the block runs, since `trainer.fit()` itself blocks."""
     import ray
 
@@ -134,7 +135,12 @@ def _watched(board: Any, on_progress: Callable[[Progress], None]) -> Iterator[No
         while not stop.wait(0.5):
             # A board that does not answer is no reason to stop: the fit's own result says what is wrong.
             with contextlib.suppress(ray.exceptions.RayError):
-                on_progress(ray.get(board.read.remote(), timeout=5))
+                progress = ray.get(board.read.remote(), timeout=5)
+                if progress.phase == "starting":
+                    free = ray.available_resources()
+                    free_now = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU") if kind in free)
+                    progress = replace(progress, waiting=f"need {wanted}; free: {free_now or 'nothing'}")
+                on_progress(progress)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -18,6 +18,7 @@ class Progress:
         done, total: batches or steps of this phase.
         loss: of the last step; None outside `fit`.
         tokens_per_s: prompt and response tokens of the examples seen, per second since start.
+        waiting: while starting, what the workers need and what is free.
     """
 
     phase: str
@@ -25,6 +26,7 @@ class Progress:
     total: int
     loss: float | None = None
     tokens_per_s: float | None = None
+    waiting: str = ""
 
 
 @dataclass(frozen=True)

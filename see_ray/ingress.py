@@ -261,24 +261,20 @@ class Ingress:
 
     async def _guarded(self, request: Request, act: Callable[[Request], Awaitable[Response]]) -> Response:
         """Authenticate, act, and turn whatever fails into an OpenAI error with a request id."""
-        request_id = api.request_id(request.headers.get("x-request-id"))
+        request_id = request.headers.get("x-request-id", "")  # Serve gives every request one, and sends it back
         try:
             self._keys.check(request.headers.get("authorization"))
-            response = await act(request)
+            return await act(request)
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            response = _error_response(_as_request_error(error, request_id))
-        response.headers["x-request-id"] = request_id
-        return response
+            return _error_response(_as_request_error(error, request_id))
 
 
 @web.exception_handler(HTTPException)
 async def _no_such_page(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}; GET /v1/models and POST /v1/chat/completions exist"
-    response = _error_response(RequestError(message, error.status_code, code="unknown_url"))
-    response.headers["x-request-id"] = api.request_id(request.headers.get("x-request-id"))
-    return response
+    return _error_response(RequestError(message, error.status_code, code="unknown_url"))
 
 
 def _as_request_error(error: Exception, request_id: str = "") -> RequestError:

@@ -190,7 +190,7 @@ def _fit(prepared: Prepared, config: Config, folder: Path, listener: Listener) -
                 "held-out": "deciding on held-out queries",
                 "saving": "saving the adapter",
             }
-            listener.progress(titles[progress.phase], progress.done, progress.total)
+            listener.progress(titles[progress.phase], progress.done, progress.total, progress.waiting)
 
     return fit_expert(
         made.train,

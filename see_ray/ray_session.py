@@ -53,7 +53,7 @@ def connect() -> bool:
         except ConnectionError:
             if os.environ.get("RAY_ADDRESS"):
                 raise
-            ray.init(address="local", include_dashboard=False, **quiet)
+            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
             return True
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS") or "this machine"

@@ -25,6 +25,7 @@ SETTINGS = [
     "fit.learning_rate=2.0e-3",
     "fit.num_train_epochs=2",
     "fit.train_batch_size=4",
+    "fit.cpus_per_worker=0.5",  # two workers fit beside the endpoint on two cores
 ]
 
 
