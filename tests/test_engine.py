@@ -103,8 +103,8 @@ def test_experts_know_their_own_from_what_they_were_shown(engine, tokenizer, tas
     for name, others in foreign.items():
         own = engine.decide_batch([ids(tokenizer, row["prompt"]) for row in tasks[name].test[:10]], name)
         passed_on = engine.decide_batch([ids(tokenizer, text) for text in others], name)
-        assert sum(p > 0.5 for p in own) >= 9
-        assert sum(p < 0.5 for p in passed_on) >= 9
+        above = sum(mine > other for mine in own for other in passed_on)
+        assert above >= 0.95 * len(own) * len(passed_on)
 
 
 def test_a_seed_repeats_a_sampled_answer(engine, tokenizer):
