@@ -139,7 +139,7 @@ def _watched(board: Any, wanted: str, on_progress: Callable[[Progress], None]) -
                 if progress.phase == "starting":
                     free = ray.available_resources()
                     free_now = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU") if kind in free)
-                    progress = replace(progress, waiting=f"need {wanted}; free: {free_now or 'nothing'}")
+                    progress = replace(progress, waiting=f"for {wanted}, {free_now or 'nothing'} unreserved")
                 on_progress(progress)
 
     thread = threading.Thread(target=watch, daemon=True)
