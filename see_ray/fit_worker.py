@@ -260,9 +260,9 @@ class _Share:
         missing = [number for number in numbers if number not in self._kept]
         self._reads += len(numbers)
         self._hits += len(numbers) - len(missing)
-        found = dict(self._kept)
+        found = self._kept
         if missing or (self._collective and self._anyone_misses(step)):
-            found.update(self._prefill(missing or numbers[:1]))
+            found = {**self._kept, **self._prefill(missing or numbers[:1])}
         return _unpack([found[number] for number in numbers], self._inner.device)
 
     def _anyone_misses(self, step: Sequence[int]) -> bool:

@@ -123,8 +123,9 @@ class Ingress:
         prompt = self._encode(chat)
         sampling = body.sampling()
         max_tokens = self._room(len(prompt), sampling.max_tokens)
-        trace = await self._find(api.parse_model(body.model), prompt, body.model)
-        answer = self._generate(trace.answered_by, prompt, max_tokens, sampling)
+        live = self._live  # one version for walk and answer, whatever joins or leaves meanwhile
+        trace = await self._find(live, api.parse_model(body.model), prompt, body.model)
+        answer = self._generate(live, trace.answered_by, prompt, max_tokens, sampling)
         first = await anext(answer)  # what fails before the first piece is an HTTP error, not half an answer
         head: api.Head = {"id": api.new_id(kind), "model": body.model, "created": int(time.time())}
         headers = {"x-see-expert": trace.answered_by}
@@ -159,7 +160,7 @@ class Ingress:
     async def _route(self, request: Request) -> Response:
         body = api.parse(api.RouteRequest, await self._body(request), self._config.serve.max_body_bytes)
         prompt = self._encode(body.chat() or [{"role": "user", "content": body.prompt or ""}])
-        trace = await self._find(api.parse_model(body.model), prompt, body.model)
+        trace = await self._find(self._live, api.parse_model(body.model), prompt, body.model)
         content = {"object": "see.trace", "model": body.model, "prompt_tokens": len(prompt), "see": trace.body()}
         return JSONResponse(content, headers={"x-see-expert": trace.answered_by})
 
@@ -181,8 +182,7 @@ class Ingress:
 
     # --- the walk and the answer ------------------------------------------------------------
 
-    async def _find(self, target: api.Target, prompt: list[int], model: str) -> Trace:
-        live = self._live
+    async def _find(self, live: Live, target: api.Target, prompt: list[int], model: str) -> Trace:
         if live.version < 0:
             raise RequestError("the endpoint is still starting; try again in a few seconds", 503, "server_error")
         if target.kind == "generalist":
@@ -204,9 +204,9 @@ class Ingress:
         return await walk(links, decide, lookahead=lookahead, sequence_version=live.version)
 
     async def _generate(
-        self, who: str, prompt: list[int], max_tokens: int, sampling: api.Sampling
+        self, live: Live, who: str, prompt: list[int], max_tokens: int, sampling: api.Sampling
     ) -> AsyncIterator[Any]:
-        apps = {GENERALIST: GENERALIST_APP, **{expert.name: expert.app for expert in self._live.experts}}
+        apps = {GENERALIST: GENERALIST_APP, **{expert.name: expert.app for expert in live.experts}}
         handle = self._handle(apps[who]).options(stream=True)
         response = handle.generate.remote(prompt, max_tokens, sampling)
         deadline = time.monotonic() + self._config.serve.request_timeout_s

@@ -12,8 +12,7 @@ WORKER_ENVIRONMENT = {
     # Ray would run workers at the lowest priority but four: threads that compute together then
     # wait for each other whenever anything else on the machine stirs.
     "RAY_worker_niceness": "0",
-    # glibc would return every large tensor's memory to the system and fetch it again: a third of
-    # the time of a step on CPU.
+    # glibc would return every large tensor's memory to the system and fetch it again.
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }

@@ -7,7 +7,6 @@ experts. `build` gives the ingress application alone, for a Serve config file
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import os
 import socket
@@ -21,7 +20,7 @@ from see_ray import api
 from see_ray.base_model import find
 from see_ray.config import Config
 from see_ray.deployer import GENERALIST_APP, Deployer, app_name
-from see_ray.errors import SeeError, ServingError
+from see_ray.errors import ServingError
 from see_ray.ingress import Ingress, web
 from see_ray.replica import replica_app
 from see_ray.store import ExpertRef
@@ -67,6 +66,7 @@ def start(config: Config) -> str:
     expert of the store's head is live.
 
     Raises:
+        BaseModelError: the base model cannot be found or read.
         ServingError: no key for a public address, the port is taken, or something did not start.
     """
     keys = check_exposure(config)
@@ -74,9 +74,8 @@ def start(config: Config) -> str:
         raise ServingError("this Ray cluster serves an endpoint already; stop it first, or use another cluster")
     host, port = config.serve.host, config.serve.port
     _check_port(host, port)
+    find(config.base_model)  # convert or fetch it once, before replicas ask for it all at once
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": config.serve.request_timeout_s})
-    with contextlib.suppress(SeeError):
-        find(config.base_model)  # convert or fetch it once, before replicas ask for it all at once
     try:
         serve.run_many(
             [
