@@ -93,8 +93,18 @@ class FitConfig(Section):
     seed: int = 0
     """Seeds the order of examples, the adapter's start and every sample drawn."""
 
-    num_workers: int = Field(default=1, ge=1)
-    """Ray Train workers, one process each; any number of nodes."""
+    num_workers: int | tuple[int, int] = 1
+    """Ray Train workers, one process each; any number of nodes. Two numbers, least and most: as many
+    as the cluster has room for, more or fewer as nodes come and go."""
+
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How Ray places the workers on nodes."""
+
+    accelerator_type: str | None = None
+    """Kind of GPU to ask Ray for, such as `H100`."""
+
+    resources_per_worker: dict[str, float] = Field(default_factory=dict)
+    """More that Ray reserves for each worker, by name, beside CPUs and a GPU."""
 
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU per worker. `auto`: if the cluster has any."""
@@ -107,7 +117,7 @@ class FitConfig(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage. 3 also shards the frozen base model; adapters alone are small,
-    so 0 to 2 differ little."""
+    so 0 to 2 differ little. In half precision 0 runs as 1, which keeps float32 copies."""
 
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """More DeepSpeed JSON, merged over what the fields above give; it has the last word."""
@@ -115,13 +125,40 @@ class FitConfig(Section):
     max_length: int | None = Field(default=None, ge=16)
     """Longest row in tokens, prompt and response; the base model's context where unset."""
 
+    pass_tokens: int = Field(default=16384, ge=1)
+    """Most tokens behind the activation point in one forward and backward pass of a worker; a larger share of
+    a step is read in several passes. One row is never cut."""
+
+    checkpoint_every_s: float = Field(default=120, gt=0)
+    """Seconds between checkpoints, from which a killed fit goes on."""
+
+    checkpoint_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; unset: only the time counts."""
+
+    max_failures: int = Field(default=3, ge=0)
+    """How many times in a row workers may die without a new checkpoint before the fit is given up."""
+
+    eval_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between looks at the held-out rows; unset: after each epoch."""
+
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop, and keep the best adapter, once so many looks in a row improved neither decision accuracy
+    nor response loss on the held-out rows. Unset: never."""
+
+    tracking_dir: str = "./runs"
+    """Folder for TensorBoard files, one folder a fit. `$MLFLOW_TRACKING_URI` adds MLflow."""
+
+    kv_store_dtype: Literal["auto", "bfloat16"] = "auto"
+    """How kept prefixes are stored. `auto`: as the base model computes; bfloat16 halves the memory of
+    a float32 model, rounding keys and values."""
+
     kv_store_gb: float = Field(default=4.0, ge=0)
     """Memory of each worker, in gigabytes, for prefix keys and values kept across epochs in the
     activated form; what does not fit is computed again each time."""
 
     storage_path: str | None = None
-    """Where Ray Train keeps the run: a folder or object storage that all nodes reach; unset: the
-    cache folder, which is enough on one node."""
+    """Where a running fit keeps its checkpoints and result: a folder or object storage (`s3://…`, `gs://…`)
+    that all nodes reach; unset: the cache folder, which is enough on one node."""
 
 
 class ReconstructConfig(Section):

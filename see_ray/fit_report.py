@@ -31,18 +31,46 @@ class Progress:
 
 @dataclass(frozen=True)
 class FitSummary:
-    """What a fit did; saved as `fit.json` beside the adapter."""
+    """What a fit did; saved as `fit.json` beside the adapter.
+
+    Attributes:
+        steps: optimizer steps taken.
+        examples: accept and pass examples.
+        tokens: prompt and response tokens of all examples read, all epochs together.
+        seconds: of prefixes, steps, looks at held-out rows and checkpoints, over all starts.
+        setup_seconds: from the last worker's start to its first prefix.
+        tokens_per_s: `tokens` over `seconds`.
+        losses, indicator_losses, response_losses: of each step.
+        evaluations: of each look at the held-out rows: step, own_accuracy, foreign_accuracy (at
+            P(accept) 0.5), response_loss.
+        fewest_reads, most_reads: how often the least and the most read example was read; both are the
+            number of epochs unless the fit stopped early.
+        resumed: times it went on from a checkpoint.
+        kv_store_gb: bound of the memory for kept prefixes; kv_hit_rate: share of prefixes found there.
+        padding_share: share of padding among the tokens of the steps' forward passes.
+        memory_gb: the most that worker 0 used.
+    """
 
     steps: int
     examples: int
     tokens: int
     seconds: float
+    setup_seconds: float
     tokens_per_s: float
     first_loss: float
     last_loss: float
     losses: list[float]
+    indicator_losses: list[float]
+    response_losses: list[float]
+    evaluations: list[dict[str, float]]
+    fewest_reads: int
+    most_reads: int
+    resumed: int
+    stopped_early: bool
+    kv_store_gb: float
     kv_hit_rate: float
     padding_share: float
+    memory_gb: float
     workers: int
     zero_stage: int
     dtype: str

@@ -1,10 +1,9 @@
 """What one worker of a fit does; `fit` starts it, on any node, in a process of its own.
 
-    read_prefixes:  the base model alone reads each prefix once; keys and values are kept
-    step:           prefix KV + the tokens behind the activation point ─► loss ─► DeepSpeed
+    base model + adapter ─► DeepSpeed ─► [last checkpoint] ─► prefixes ─► steps ─► PEFT folder
 
-Gradients flow through the second line only. The loss of a step is normalized over the step's
-examples on all workers, so an adapter does not depend on how many workers there were.
+The arithmetic is `fit_step`'s. Here is the run around it: going on from a checkpoint, writing them, looking at
+held-out rows, stopping early, and saying what went wrong.
 """
 
 from __future__ import annotations
@@ -12,28 +11,27 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from see_ray.activation import Activation, p_accept
+from see_ray import fit_state
+from see_ray.activation import Activation
 from see_ray.base_model import BaseModel, dtype_of, find, load_model
+from see_ray.checkpoint import Checkpoints, Position
 from see_ray.config import BaseModelConfig, FitConfig
-from see_ray.errors import FingerprintError, FitError
+from see_ray.errors import FingerprintError, FitError, StoreError
 from see_ray.fit_report import RESULT, FitSummary, Progress
-from see_ray.prefix import Prefix, forward, logits_of, prefill
+from see_ray.fit_step import ExpertLoss, Look, Share
 from see_ray.reconstruct import Example
 from see_ray.schedule import Schedule
-
-DECIDE_ROWS = 16
-"""Held-out prompts that are decided in one forward pass."""
 
 
 def fit_share(settings: dict[str, Any]) -> None:
@@ -44,266 +42,282 @@ def fit_share(settings: dict[str, Any]) -> None:
 
     Raises:
         FingerprintError: this node has another base model than the driver.
-        FitError: the settings do not fit the base model, or the loss is not finite.
+        FitError: the settings do not fit the base model, the loss is not finite, or memory ran out.
     """
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
-    import deepspeed
-    import ray
-    from ray import train
-
-    context = train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
     config = FitConfig.model_validate(settings["config"])
-    base_config = BaseModelConfig.model_validate(settings["base_config"])
-    activation: Activation = settings["activation"]
-    examples: list[Example] = ray.get(settings["examples"])
-    torch.set_num_threads(config.threads_per_worker or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    torch.manual_seed(config.seed)
-
-    base = find(base_config)
-    if base.fingerprint != settings["fingerprint"]:
-        raise FingerprintError(
-            f"worker {rank} found another base model under the name {base.name} "
-            f"({base.fingerprint[:12]}) than the driver ({settings['fingerprint'][:12]}); make them the same"
-        )
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    model = _with_adapter(load_model(base, base_config, device), config)
-    schedule = Schedule([len(activation.split(list(e.prompt))[0]) for e in examples], config, world)
-    # DeepSpeed would compile a shared-memory reduction for CPU hosts; adapters' gradients are
-    # small enough for gloo, and a fresh machine may have no compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, _, _, _ = deepspeed.initialize(
-        model=_ExpertLoss(model, config.indicator_weight),
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
-        config=deepspeed_config(config, dtype_of(base_config), world, schedule.steps),
-    )
-    board = settings["board"]
-    report: Callable[[Progress], Any] = board.write.remote if rank == 0 else lambda progress: None
-    share = _Share(examples, schedule, engine, model, rank, activation, config.kv_store_gb)
-    started = time.perf_counter()
-    share.read_prefixes(report)
-    losses: list[float] = []
-    tokens = 0
-    for step in schedule:
-        losses.append(share.step(step))
-        tokens += sum(len(examples[n].prompt) + len(examples[n].target) for n in step)
-        rate = tokens / (time.perf_counter() - started)
-        report(Progress("fit", len(losses), schedule.steps, losses[-1], rate))
-    seconds = time.perf_counter() - started
-    decisions = share.decide(ray.get(settings["held_out"]), report)
-    report(Progress("saving", 1, 1))
-    summary = FitSummary(
-        steps=len(losses),
-        examples=len(examples),
-        tokens=tokens,
-        seconds=round(seconds, 3),
-        tokens_per_s=round(tokens / seconds, 1),
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        losses=[round(loss, 5) for loss in losses],
-        kv_hit_rate=share.hit_rate(),
-        padding_share=share.padding_share(),
-        workers=world,
-        zero_stage=engine.zero_optimization_stage(),
-        dtype=str(dtype_of(base_config)).removeprefix("torch."),
-    )
-    with tempfile.TemporaryDirectory() as temporary:
-        _save(model, activation, base, Path(temporary), rank, engine.zero_optimization_stage())
-        made = {"summary": asdict(summary), "decisions": decisions}
-        (Path(temporary) / RESULT).write_text(json.dumps(made), encoding="utf-8")
-        checkpoint = train.Checkpoint.from_directory(temporary) if rank == 0 else None
-        train.report({"loss": losses[-1], "step": len(losses)}, checkpoint=checkpoint)
+    try:
+        _Run(settings, config).run()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        raise FitError(_out_of_memory(error, settings, config)) from error
 
 
-class _ExpertLoss(torch.nn.Module):
-    """The module that DeepSpeed drives: from a share of a step to its part of the loss."""
+class _Run:
+    """One worker's run, from the base model to the adapter."""
 
-    def __init__(self, model: Any, indicator_weight: float):
-        super().__init__()
-        self.model = model
-        self._indicator_weight = indicator_weight
+    def __init__(self, settings: dict[str, Any], config: FitConfig):
+        if not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+        import deepspeed
+        import ray
+        from ray import train
 
-    def forward(
-        self,
-        prefix: Prefix,
-        rest: list[list[int]],
-        targets: list[tuple[int, ...]],
-        per_indicator: float,
-        per_token: float,
-    ) -> Tensor:
-        """Weighted sum of token losses.
+        context = train.get_context()
+        self._began = time.perf_counter()
+        self._config = config
+        self._base_config = BaseModelConfig.model_validate(settings["base_config"])
+        self._activation: Activation = settings["activation"]
+        self._examples: list[Example] = ray.get(settings["examples"])
+        self._held_out: list[Example] = ray.get(settings["held_out"])
+        self._board = settings["board"]
+        self._rank, self._world = context.get_world_rank(), context.get_world_size()
+        local = context.get_local_world_size()
+        torch.set_num_threads(config.threads_per_worker or max(1, (os.cpu_count() or 1) // local))
+        torch.manual_seed(config.seed)
 
-        Args:
-            prefix: keys and values before the activation point, a row each.
-            rest: prompt tokens behind it.
-            targets: supervised tokens of each row, the indicator first.
-            per_indicator: weight of one indicator's loss.
-            per_token: weight of one response token's loss.
-        """
-        inner = self.model.get_base_model()
-        rows = [[*left, *target[:-1]] for left, target in zip(rest, targets, strict=True)]
-        hidden, _ = forward(inner, prefix, rows)
-        row = torch.tensor([i for i, target in enumerate(targets) for _ in target], device=hidden.device)
-        column = torch.tensor(
-            [len(left) - 1 + i for left, target in zip(rest, targets, strict=True) for i in range(len(target))],
-            device=hidden.device,
-        )
-        labels = torch.tensor([token for target in targets for token in target], device=hidden.device)
-        weights = torch.tensor(
-            [per_token if i else self._indicator_weight * per_indicator for t in targets for i in range(len(t))],
-            device=hidden.device,
-        )
-        logits = logits_of(inner, hidden[row, column])  # only where there is loss
-        return (cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
-
-
-class _Share:
-    """A worker's prefixes and its part of every step."""
-
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        schedule: Schedule,
-        engine: Any,
-        model: Any,
-        rank: int,
-        activation: Activation,
-        kv_store_gb: float,
-    ):
-        self._examples, self._schedule, self._activation, self._rank = examples, schedule, activation, rank
-        self._engine, self._peft, self._inner = engine, model, model.get_base_model()
-        # Under ZeRO 3 every forward pass is collective: all workers must run equally many.
-        self._collective = engine.zero_optimization_stage() == 3 and schedule.world > 1
-        budget = int(kv_store_gb * 1e9 / _bytes_per_token(self._inner))
-        self._plans = [schedule.prefill_batches(rank, budget) for rank in range(schedule.world)]
-        self._to_keep = {number for plan in self._plans for batch in plan for number in batch}
-        self._kept: dict[int, Tensor] = {}
-        self._hits = self._reads = self._real = self._padded = 0
-
-    def read_prefixes(self, report: Callable[[Progress], Any]) -> None:
-        """Read and keep the prefixes of this worker's examples, as many as its memory may hold."""
-        plan = self._plans[self._rank] if self._activation.tokens is not None else []
-        rounds = max(len(plan) for plan in self._plans) if self._collective else len(plan)
-        for number in range(rounds):
-            report(Progress("prefix", number, rounds))
-            if number < len(plan):
-                self._kept.update(self._prefill(plan[number]))
-            else:
-                self._prefill([self._schedule.stand_in(self._rank)])
-
-    def step(self, step: Sequence[int]) -> float:
-        """One optimizer step over all workers' examples; returns its loss."""
-        world = self._schedule.world
-        mine = self._schedule.share(step, self._rank)
-        counts = bool(mine)
-        mine = mine or [self._schedule.stand_in(self._rank)]
-        examples = [self._examples[number] for number in mine]
-        rest = [self._activation.split(list(example.prompt))[1] for example in examples]
-        responses = sum(len(self._examples[number].target) - 1 for number in step)
-        loss = self._engine(
-            self._prefix_of(mine, step),
-            rest,
-            [example.target for example in examples],
-            # Means over the whole step; DeepSpeed averages over workers, hence the factor.
-            per_indicator=counts * world / len(step),
-            per_token=counts * world / max(1, responses),
-        )
-        if not torch.isfinite(loss):
-            raise FitError(
-                f"the loss became {float(loss)} at step {self._engine.global_steps + 1} on worker {self._rank}; "
-                "lower fit.learning_rate, or look at the rows of this step"
+        self._base = find(self._base_config)
+        if self._base.fingerprint != settings["fingerprint"]:
+            raise FingerprintError(
+                f"worker {self._rank} found another base model under the name {self._base.name} "
+                f"({self._base.fingerprint[:12]}) than the driver ({settings['fingerprint'][:12]}); make them the same"
             )
-        self._engine.backward(loss)
-        self._engine.step()
-        lengths = [len(left) + len(example.target) - 1 for left, example in zip(rest, examples, strict=True)]
-        self._real += sum(lengths)
-        self._padded += max(lengths) * len(lengths)
-        total = loss.detach().float() / world
-        if world > 1:
-            torch.distributed.all_reduce(total)
-        return float(total)
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+        dtype = dtype_of(self._base_config)
+        model = with_adapter(load_model(self._base, self._base_config, device), config)
+        prefixes = [len(self._activation.split(list(example.prompt))[0]) for example in self._examples]
+        self._schedule = Schedule(prefixes, config, self._world)
+        # DeepSpeed would compile a shared-memory reduction for CPU hosts; adapters' gradients are
+        # small enough for gloo, and a fresh machine may have no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._engine, _, _, self._scheduler = deepspeed.initialize(
+            model=ExpertLoss(model, config.indicator_weight),
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=deepspeed_config(config, dtype, self._world, self._schedule.steps),
+        )
+        self._share = Share(
+            self._examples, self._held_out, self._schedule, self._engine, self._rank, self._activation, config
+        )
+        self._checkpoints = Checkpoints(settings["storage"], settings["fit"])
+        self._position = Position(reads=[0] * len(self._examples))
+        self._best: tuple[int, dict[str, Tensor]] | None = None
+        self._own = [example.target[0] == self._activation.accept for example in self._held_out]
 
-    @torch.no_grad()
-    def decide(self, prompts: Sequence[list[int]], report: Callable[[Progress], Any]) -> list[float]:
-        """P(accept) of the adapter for held-out prompts; every worker reads all, which keeps
-        collective operations in step."""
-        self._peft.eval()
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        found = [0.0] * len(prompts)
-        for start in range(0, len(order), DECIDE_ROWS):
-            report(Progress("held-out", start, len(order)))
-            batch = order[start : start + DECIDE_ROWS]
-            splits = [self._activation.split(prompts[number]) for number in batch]
-            prefix = Prefix((), (0,) * len(batch))
-            if self._activation.tokens is not None:
-                with self._peft.disable_adapter():
-                    prefix = prefill(self._inner, [left for left, _ in splits])
-            hidden, _ = forward(self._inner, prefix, [right for _, right in splits])
-            last = [len(right) - 1 for _, right in splits]
-            logits = logits_of(self._inner, hidden[range(len(batch)), last]).float()
-            for number, row in zip(batch, logits.tolist(), strict=True):
-                found[number] = p_accept(row[self._activation.accept], row[self._activation.refuse])
-        return found
+    def run(self) -> None:
+        """All steps from where the last checkpoint stands, then the result."""
+        setup = time.perf_counter() - self._began
+        started = time.perf_counter()
+        self._share.read_prefixes(self._report)
+        self._resume()
+        before = self._position.seconds
+        saved_at = time.perf_counter()
+        stopped = self._had_enough()
+        for number, step in enumerate(self._schedule, 1):
+            if number <= self._position.step or stopped:
+                continue
+            due = time.perf_counter() - saved_at >= self._config.checkpoint_every_s
+            loss, due = self._share.step(step, raised=self._rank == 0 and due)
+            position = self._position
+            position.step = number
+            position.indicator_losses.append(loss.indicator)
+            position.response_losses.append(loss.response)
+            position.seconds = before + time.perf_counter() - started
+            for row in step:
+                position.reads[row] += 1
+                position.tokens += len(self._examples[row].prompt) + len(self._examples[row].target)
+            self._report_step(number)
+            if number % (self._config.eval_every_steps or self._schedule.steps_per_epoch) == 0:
+                self._look()
+                stopped = self._had_enough()
+            every = self._config.checkpoint_every_steps
+            if number < self._schedule.steps and (due or (every and number % every == 0)):
+                self._save_checkpoint()
+                saved_at = time.perf_counter()
+        self._position.seconds = before + time.perf_counter() - started
+        if stopped and self._best is not None:
+            fit_state.set_weights(self._engine, self._best[1])
+        look = self._share.look(self._report)
+        self._finish(look, stopped, setup)
 
-    def hit_rate(self) -> float:
-        """Share of prefixes that a step found kept instead of reading them again."""
-        return round(self._hits / self._reads, 4) if self._reads else 0.0
+    # --- going on ----------------------------------------------------------------------------
 
-    def padding_share(self) -> float:
-        """Share of padding among the tokens of all steps' forward passes."""
-        return round(1 - self._real / self._padded, 4) if self._padded else 0.0
+    def _resume(self) -> None:
+        found: list[Any] = [self._checkpoints.load(self._tell) if self._rank == 0 else None]
+        if self._world > 1:  # all from the same one
+            torch.distributed.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            return
+        position, tensors = found[0]
+        # Optimizers make their state in the first step; this one is overwritten.
+        self._share.step(next(iter(self._schedule)))
+        fit_state.restore(self._engine, tensors)
+        self._scheduler.load_state_dict(position.scheduler)
+        for group, rate in zip(self._engine.optimizer.param_groups, self._scheduler.get_lr(), strict=True):
+            group["lr"] = rate
+        self._engine.global_steps = position.step
+        if "best" in tensors:
+            self._best = (int(tensors["best"]), _named(tensors, "best."))
+        self._position = position
+        position.resumed += 1
+        self._tell(f"going on from the checkpoint of step {position.step} of {self._schedule.steps}")
 
-    def _prefix_of(self, numbers: list[int], step: Sequence[int]) -> Prefix:
-        if self._activation.tokens is None:
-            return Prefix((), (0,) * len(numbers))
-        missing = [number for number in numbers if number not in self._kept]
-        self._reads += len(numbers)
-        self._hits += len(numbers) - len(missing)
-        found = self._kept
-        if missing or (self._collective and self._anyone_misses(step)):
-            found = {**self._kept, **self._prefill(missing or numbers[:1])}
-        return _unpack([found[number] for number in numbers], self._inner.device)
+    def _save_checkpoint(self) -> None:
+        tensors = fit_state.gather(self._engine)
+        if self._best is not None:
+            tensors["best"] = torch.tensor(self._best[0])
+            tensors |= {f"best.{name}": value for name, value in self._best[1].items()}
+        if self._rank != 0:
+            return
+        self._position.scheduler = self._scheduler.state_dict()
+        try:
+            self._checkpoints.save(self._position, tensors)
+            self._board.saved.remote(self._position.step)
+        except StoreError as error:  # a full disk, say: the one before is still there
+            self._tell(f"no checkpoint at step {self._position.step}: {error}")
 
-    def _anyone_misses(self, step: Sequence[int]) -> bool:
-        workers = range(self._schedule.world)
-        read = [n for rank in workers for n in self._schedule.share(step, rank) or [self._schedule.stand_in(rank)]]
-        return any(number not in self._to_keep for number in read)
+    # --- held-out rows -------------------------------------------------------------------------
 
-    def _prefill(self, numbers: list[int]) -> dict[int, Tensor]:
-        rows = [self._activation.split(list(self._examples[number].prompt))[0] for number in numbers]
-        with self._peft.disable_adapter():
-            prefix = prefill(self._inner, rows)
-        return {number: _pack(prefix, row) for row, number in enumerate(numbers)}
+    def _look(self) -> None:
+        look = self._share.look(self._report)
+        own, foreign = look.accuracy(self._own)
+        step = self._position.step
+        figures = {"step": step, "own_accuracy": own, "foreign_accuracy": foreign, "response_loss": look.response_loss}
+        self._position.evaluations.append(figures)
+        self._log(step, {f"eval/{name}": value for name, value in figures.items() if name != "step"})
+        if self._config.early_stopping_patience and self._best_step() == step:
+            self._best = (step, fit_state.weights(self._engine))
+
+    def _best_step(self) -> int:
+        """The step of the best look: the most decisions right, then the lowest response loss."""
+        best = max(
+            self._position.evaluations, key=lambda e: (e["own_accuracy"] + e["foreign_accuracy"], -e["response_loss"])
+        )
+        return int(best["step"])
+
+    def _had_enough(self) -> bool:
+        patience, looks = self._config.early_stopping_patience, self._position.evaluations
+        if not patience or not looks:
+            return False
+        accuracies = [look["own_accuracy"] + look["foreign_accuracy"] for look in looks]
+        losses = [look["response_loss"] for look in looks]
+        newest = max(accuracies.index(max(accuracies)), losses.index(min(losses)))
+        return len(looks) - 1 - newest >= patience
+
+    # --- telling -------------------------------------------------------------------------------
+
+    def _report(self, progress: Progress) -> None:
+        if self._rank == 0:
+            self._board.write.remote(progress)
+
+    def _tell(self, note: str) -> None:
+        if self._rank == 0:
+            self._board.tell.remote(note)
+
+    def _log(self, step: int, figures: dict[str, float]) -> None:
+        if self._rank == 0:
+            self._board.log.remote(step, figures)
+
+    def _report_step(self, number: int) -> None:
+        position = self._position
+        indicator, response = position.indicator_losses[-1], position.response_losses[-1]
+        rate = position.tokens / position.seconds
+        self._report(Progress("fit", number, self._schedule.steps, self._total(-1), rate))
+        figures = {"loss": self._total(-1), "indicator_loss": indicator, "response_loss": response}
+        figures |= {"tokens_per_s": rate, "learning_rate": self._engine.optimizer.param_groups[0]["lr"]}
+        figures |= {"padding_share": self._share.padding_share(), "kv_hit_rate": self._share.hit_rate()}
+        figures["memory_gb"] = _memory_gb()
+        self._log(number, {f"train/{name}": value for name, value in figures.items()})
+
+    def _total(self, index: int) -> float:
+        position = self._position
+        return self._config.indicator_weight * position.indicator_losses[index] + position.response_losses[index]
+
+    def _finish(self, look: Look, stopped: bool, setup: float) -> None:
+        from ray import train
+
+        self._report(Progress("saving", 1, 1))
+        position = self._position
+        losses = [round(self._total(index), 5) for index in range(position.step)]
+        summary = FitSummary(
+            steps=position.step,
+            examples=len(self._examples),
+            tokens=position.tokens,
+            seconds=round(position.seconds, 3),
+            setup_seconds=round(setup, 3),
+            tokens_per_s=round(position.tokens / position.seconds, 1),
+            first_loss=losses[0],
+            last_loss=losses[-1],
+            losses=losses,
+            indicator_losses=[round(loss, 5) for loss in position.indicator_losses],
+            response_losses=[round(loss, 5) for loss in position.response_losses],
+            evaluations=position.evaluations,
+            fewest_reads=min(position.reads),
+            most_reads=max(position.reads),
+            resumed=position.resumed,
+            stopped_early=stopped,
+            kv_store_gb=self._config.kv_store_gb,
+            kv_hit_rate=self._share.hit_rate(),
+            padding_share=self._share.padding_share(),
+            memory_gb=round(_memory_gb(), 2),
+            workers=self._world,
+            zero_stage=self._engine.zero_optimization_stage(),
+            dtype=str(dtype_of(self._base_config)).removeprefix("torch."),
+        )
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            _save(self._engine, self._activation, self._base, folder, self._rank)
+            made = {"summary": asdict(summary), "decisions": look.decisions}
+            (folder / RESULT).write_text(json.dumps(made), encoding="utf-8")
+            checkpoint = train.Checkpoint.from_directory(temporary) if self._rank == 0 else None
+            train.report({"loss": losses[-1], "step": position.step}, checkpoint=checkpoint)
 
 
-def _pack(prefix: Prefix, row: int) -> Tensor:
-    """One row's keys and values in host memory: [2 x layers, heads, tokens, head size]."""
-    length = prefix.lengths[row]
-    return torch.stack([kv[row, :, :length] for layer in prefix.layers for kv in layer]).cpu()
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _unpack(rows: list[Tensor], device: Any) -> Prefix:
-    """Packed rows as one padded batch on the device."""
-    lengths = tuple(row.shape[2] for row in rows)
-    both = rows[0].new_zeros(rows[0].shape[0], len(rows), rows[0].shape[1], max(lengths), rows[0].shape[3])
-    for index, row in enumerate(rows):
-        both[:, index, :, : row.shape[2]] = row
-    both = both.to(device)
-    return Prefix(tuple((both[i], both[i + 1]) for i in range(0, both.shape[0], 2)), lengths)
+def _memory_gb() -> float:
+    """The most memory this worker has used so far: on the GPU where it has one, else in the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _bytes_per_token(model: Any) -> int:
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
+def _out_of_memory(error: BaseException, settings: dict[str, Any], config: FitConfig) -> str:
+    """What ran out, an estimate of what is needed, and which settings change it."""
+    import ray
+    from transformers import AutoConfig
+
+    base_config = BaseModelConfig.model_validate(settings["base_config"])
+    base = find(base_config)
+    shape = AutoConfig.from_pretrained(base.folder).get_text_config()
+    size = dtype_of(base_config).itemsize
+    activation: Activation = settings["activation"]
+    examples: Sequence[Example] = ray.get(settings["examples"])
+    rests = [len(activation.split(list(e.prompt))[1]) + len(e.target) - 1 for e in examples]
+    tokens = max(max(rests), min(config.pass_tokens, sum(sorted(rests)[-config.train_batch_size :])))
+    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+    per_token = shape.num_hidden_layers * (16 * shape.hidden_size + 4 * inner) * size + 12 * shape.vocab_size
+    weights = sum(path.stat().st_size for path in Path(base.folder).glob("*.safetensors"))
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return (
+        f"out of memory: {reason}. One worker needs about {weights / 1e9:.1f} GB for the base model, up to "
+        f"{config.kv_store_gb:g} GB for kept prefixes, and about {tokens * per_token / 1e9:.1f} GB for one pass of "
+        f"{tokens} tokens; lower fit.pass_tokens (now {config.pass_tokens}), fit.kv_store_gb (now "
+        f"{config.kv_store_gb:g}) or fit.max_length, or set fit.kv_store_dtype=bfloat16"
+        + ("" if config.zero_stage == 3 else ", or shard the base model over workers with fit.zero_stage=3")
+    )
 
 
 # --- model, settings, result -----------------------------------------------------------------
 
 
-def _with_adapter(model: Any, config: FitConfig) -> Any:
+def with_adapter(model: Any, config: FitConfig) -> Any:
+    """A base model with a new LoRA adapter of PEFT around it.
+
+    Raises:
+        FitError: the target modules do not fit the model.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
@@ -324,15 +338,14 @@ def _with_adapter(model: Any, config: FitConfig) -> Any:
 
 def deepspeed_config(config: FitConfig, dtype: torch.dtype, world: int, steps: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a fit; `fit.deepspeed` is merged over it."""
-    import torch
-
     warmup = max(1, math.ceil(config.warmup_ratio * steps))
     settings: dict[str, Any] = {
         # Only for DeepSpeed's own bookkeeping: shares are made by Schedule, and need not be even.
         "train_micro_batch_size_per_gpu": max(1, math.ceil(config.train_batch_size / world)),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        # DeepSpeed keeps no float32 copies at stage 0.
+        "zero_optimization": {"stage": max(config.zero_stage, int(dtype != torch.float32))},
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -360,16 +373,14 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _save(model: Any, activation: Activation, base: BaseModel, folder: Path, rank: int, zero_stage: int) -> None:
-    """Write the adapter as a PEFT folder; collective under ZeRO 3, where weights are sharded."""
-    import deepspeed
+def _save(engine: Any, activation: Activation, base: BaseModel, folder: Path, rank: int) -> None:
+    """Write the adapter as a PEFT folder, in float32. Collective."""
     from peft import get_peft_model_state_dict
 
-    weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    with deepspeed.zero.GatheredParameters(list(weights.values()), enabled=zero_stage == 3):
-        if rank != 0:
-            return
-        state = {name: value.detach().float().cpu().clone() for name, value in weights.items()}
+    state = {name.removeprefix("model."): value for name, value in fit_state.weights(engine).items()}
+    if rank != 0:
+        return
+    model = engine.module.model
     settings = model.peft_config["default"]
     settings.base_model_name_or_path = base.name
     settings.alora_invocation_tokens = activation.peft_invocation()

@@ -1,7 +1,7 @@
 """From an arriving task to a live expert: the whole path. Read this first.
 
     read the task ─► reconstruct ─► fit ─► calibrate ─► store ─► publish
-       task.py      reconstruct.py   fit.py  calibrate.py     store.py
+       task.py      reconstruct.py   fit.py  calibrate.py  store.py  admit.py
 
 A running endpoint notices the new sequence version by itself (`deployer`). Nothing of earlier
 experts changes on the way; their rehearsal samples are only read.
@@ -12,23 +12,25 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from see_ray import admit
+from see_ray import fit as fitting
 from see_ray.activation import Activation, activation_of, encode_prompt
 from see_ray.base_model import BaseModel, context_length, find, load_tokenizer
 from see_ray.calibrate import Calibration, calibrate
 from see_ray.config import Config
 from see_ray.errors import ConflictError, FingerprintError, SeeError
-from see_ray.fit import Fitted, fit_expert
+from see_ray.fit import Fitted
 from see_ray.fit_report import FitSummary, Progress
 from see_ray.reconstruct import Chat, Reconstruction, general_cache, needed_general, read_general_file, reconstruct
 from see_ray.store import ExpertStore, Manifest
 from see_ray.store import Sequence as ExpertSequence
 from see_ray.task import Row, Task, read_task
+from see_ray.track import Tracker, draw_losses
 
 MOST_KEPT = 50
 """Held-out rows that an expert keeps for the calibration of later ones."""
@@ -49,13 +51,14 @@ class Listener:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An arriving task, ready to be fitted."""
+    """An arriving task, ready to be fitted; `known` are the ids of the experts that were live then."""
 
     task: Task
     base: BaseModel
     tokenizer: Any
     activation: Activation
     reconstruction: Reconstruction
+    known: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Learned:
 
     manifest: Manifest
     sequence: ExpertSequence
-    fit: FitSummary
     calibration: Calibration
+    fit: FitSummary
     seconds: dict[str, float]
 
 
@@ -112,19 +115,12 @@ def prepare(source: Source, config: Config, listener: Listener, *, replace: bool
     store = ExpertStore.open(config.store.url)
     head = store.head()
     _refuse(head, store, task.name, base, replace)
-    earlier = {
-        ref.name: (
-            _chats(store.read_text(ref, "rehearsal.jsonl")),
-            _chats(store.read_text(ref, "eval.jsonl")),
-        )
-        for ref in head.experts
-        if ref.name != task.name
-    }
+    earlier = {ref.name: admit.kept_chats(store, ref) for ref in head.experts if ref.name != task.name}
     general = _general_queries(base, config, listener)
     made = reconstruct(
         task, tokenizer, activation, config.reconstruct, earlier=earlier, general=general, seed=config.fit.seed
     )
-    return Prepared(task, base, tokenizer, activation, made)
+    return Prepared(task, base, tokenizer, activation, made, frozenset(ref.id for ref in head.experts))
 
 
 def learn(source: Source, config: Config, *, replace: bool = False, listener: Listener | None = None) -> Learned:
@@ -141,21 +137,106 @@ def learn(source: Source, config: Config, *, replace: bool = False, listener: Li
     """
     listener = listener or Listener()
     clock = _Clock()
-    prepared = prepare(source, config, listener, replace=replace)
-    clock.lap("prepare")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        fitted = _fit(prepared, config, folder, listener)
-        clock.lap("fit")
-        calibration = _calibrate(prepared, config, fitted.decisions)
+    while True:
+        prepared = prepare(source, config, listener, replace=replace)
+        clock.lap("prepare")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            fitted = _fit(prepared, config, folder, listener)
+            clock.lap("fit")
+            admitted = _admit(prepared, fitted, config, folder, listener, source.path, replace)
+            clock.lap("publish")
+        if admitted is not None:
+            return Learned(*admitted, fit=fitted.summary, seconds=clock.laps)
+
+
+# --- steps ---------------------------------------------------------------------------------
+
+
+def _fit(prepared: Prepared, config: Config, folder: Path, listener: Listener) -> Fitted:
+    made = prepared.reconstruction
+    listener.step(f"Fitting {prepared.task.name}: {_counted(made)}")
+
+    settings = config.fit.model_dump(mode="json")
+    name = f"{prepared.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with Tracker(Path(config.fit.tracking_dir), name, settings, listener.note) as tracker:
+        fitted = fitting.fit_expert(
+            made.train,
+            prepared.base,
+            prepared.activation,
+            config.base_model,
+            config.fit,
+            folder,
+            name=prepared.task.name,
+            held_out=made.held_out,
+            listener=_FitListener(listener, tracker),
+        )
+    draw_losses(fitted.summary, folder / "fit.png")
+    return fitted
+
+
+class _FitListener(fitting.Listener):
+    """Hands on what a fit tells: progress and notes to the listener, figures to the tracker."""
+
+    def __init__(self, listener: Listener, tracker: Tracker):
+        self._listener, self._tracker = listener, tracker
+
+    def progress(self, progress: Progress) -> None:
+        if progress.phase == "fit":
+            loss = "" if progress.loss is None else f"loss {progress.loss:.3f}"
+            rate = "" if progress.tokens_per_s is None else f"{progress.tokens_per_s:.0f} tokens/s"
+            self._listener.progress("fitting", progress.done, progress.total, f"{loss}, {rate}")
+        else:
+            titles = {
+                "starting": "starting workers",
+                "prefix": "reading prefixes",
+                "held-out": "deciding on held-out queries",
+                "saving": "saving the adapter",
+            }
+            self._listener.progress(titles[progress.phase], progress.done, progress.total, progress.waiting)
+
+    def note(self, text: str) -> None:
+        self._listener.note(text)
+
+    def figures(self, step: int, figures: dict[str, float]) -> None:
+        self._tracker.log(step, figures)
+
+
+def _admit(
+    prepared: Prepared, fitted: Fitted, config: Config, folder: Path, listener: Listener, source: str, replacing: bool
+) -> tuple[Manifest, ExpertSequence, Calibration] | None:
+    """Calibrate, save and publish; None if the expert must be fitted again, since others joined meanwhile."""
+    made, name = prepared.reconstruction, prepared.task.name
+    own, decisions = fitted.decisions[: len(made.own)], fitted.decisions[len(made.own) :]
+    foreign = [(kind, p) for (kind, _), p in zip(made.foreign, decisions, strict=True)]
+    calibration = calibrate(own, foreign, config.calibrate.false_accept_rate)
+    store = ExpertStore.open(config.store.url)
+    known = prepared.known
+    joined = admit.newcomers(store.head(), known, name)
+
+    def check(head: ExpertSequence) -> None:
+        if found := admit.newcomers(head, known, name):
+            raise admit.NewcomersError(found)
+
+    while True:
+        if joined:
+            listener.step(f"Reading the queries of {', '.join(ref.id for ref in joined)}, which joined meanwhile")
+            queries = admit.queries_of(store, joined, prepared.tokenizer)
+            prompts = [ids for _, ids in queries]
+            read = _get(admit.decide(folder, prompts, prepared.base, prepared.activation, config))
+            foreign += [(kind, p) for (kind, _), p in zip(queries, read, strict=True)]
+            again = admit.recalibrated(calibration, own, foreign, config.calibrate.false_accept_rate)
+            if again is None:
+                listener.note(f"{name} cannot tell its own queries from theirs: it is fitted again, with them")
+                return None
+            calibration, known = again, known | {ref.id for ref in joined}
         listener.step("Storing and publishing the expert")
         _write_companions(folder, prepared, config, calibration)
         activation = prepared.activation
-        store = ExpertStore.open(config.store.url)
         manifest = store.save(
             folder,
-            name=prepared.task.name,
-            task=source.path,
+            name=name,
+            task=source,
             base_model=prepared.base.name,
             fingerprint=prepared.base.fingerprint,
             form=config.fit.form,
@@ -166,53 +247,10 @@ def learn(source: Source, config: Config, *, replace: bool = False, listener: Li
             metrics=calibration.metrics(),
             r=config.fit.r,
         )
-        sequence = store.publish(manifest.ref, replace=replace)
-        clock.lap("publish")
-    return Learned(manifest, sequence, fitted.summary, calibration, clock.laps)
-
-
-# --- steps ---------------------------------------------------------------------------------
-
-
-def _fit(prepared: Prepared, config: Config, folder: Path, listener: Listener) -> Fitted:
-    made = prepared.reconstruction
-    listener.step(f"Fitting {prepared.task.name}: {_counted(made)}")
-
-    def on_progress(progress: Progress) -> None:
-        if progress.phase == "fit":
-            loss = "" if progress.loss is None else f"loss {progress.loss:.3f}"
-            rate = "" if progress.tokens_per_s is None else f"{progress.tokens_per_s:.0f} tokens/s"
-            listener.progress("fitting", progress.done, progress.total, f"{loss}, {rate}")
-        else:
-            titles = {
-                "starting": "starting workers",
-                "prefix": "reading prefixes",
-                "held-out": "deciding on held-out queries",
-                "saving": "saving the adapter",
-            }
-            listener.progress(titles[progress.phase], progress.done, progress.total, progress.waiting)
-
-    return fit_expert(
-        made.train,
-        prepared.base,
-        prepared.activation,
-        config.base_model,
-        config.fit,
-        folder,
-        run_name=f"{prepared.task.name}-{uuid.uuid4().hex[:8]}",
-        held_out=[ids for _, ids in [*made.own, *made.foreign]],
-        on_progress=on_progress,
-    )
-
-
-def _calibrate(prepared: Prepared, config: Config, decisions: list[float]) -> Calibration:
-    made = prepared.reconstruction
-    own, foreign = decisions[: len(made.own)], decisions[len(made.own) :]
-    return calibrate(
-        own,
-        [(kind, p) for (kind, _), p in zip(made.foreign, foreign, strict=True)],
-        config.calibrate.false_accept_rate,
-    )
+        try:
+            return manifest, store.publish(manifest.ref, check, replace=replacing), calibration
+        except admit.NewcomersError as error:
+            joined = error.refs
 
 
 def _general_queries(base: BaseModel, config: Config, listener: Listener) -> list[Chat]:
@@ -302,10 +340,6 @@ def _write_companions(folder: Path, prepared: Prepared, config: Config, calibrat
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def _chats(text: str) -> list[Chat]:
-    return [json.loads(line)["messages"] for line in text.split("\n") if line]
 
 
 def _refuse(head: ExpertSequence, store: ExpertStore, name: str, base: BaseModel, replace: bool) -> None:

@@ -1,10 +1,11 @@
 """The split forward pass: a prefix read once by the base model, then the rest over its KV.
 
 `prefill` computes keys and values of a batch of prefixes without gradient; `forward` runs
-further tokens over them and returns hidden states; `logits_of` turns chosen hidden states
-into logits. Fitting and serving both stand on these three, so that a decision in service is
-the arithmetic that was fitted. Which tokens belong to which side is `activation`'s business,
-and whether an adapter is active is the caller's.
+further tokens over them and returns hidden states and a cache to go on from; `forward_packed`
+does the same without padding and without a cache, which is what fitting wants; `logits_of`
+turns chosen hidden states into logits. Fitting and serving both stand on these, so that a
+decision in service is the arithmetic that was fitted. Which tokens belong to which side is
+`activation`'s business, and whether an adapter is active is the caller's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,110 @@ def forward(model: Any, prefix: Prefix, rows: Sequence[Sequence[int]]) -> tuple[
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     ).last_hidden_state
     return hidden, cache
+
+
+def forward_packed(model: Any, prefix: Prefix, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Run `rows` over their prefixes with no padding between them.
+
+    All rows go through the linear layers, where the time is spent, as one sequence; only
+    attention sees them apart. Model families that do not take transformers' SDPA attention are
+    run padded instead, with the same result.
+
+    Args:
+        model: a causal language model of transformers.
+        prefix: keys and values of what comes before, one row for each of `rows`.
+        rows: token ids, at least one each; lengths may differ.
+
+    Returns:
+        Hidden states [tokens of all rows, hidden size] after the final norm, row by row.
+    """
+    if not packs(model):
+        hidden, _ = forward(model, prefix, rows)
+        return hidden[pad(rows, model.device)[1]]
+    packing = _Packing.of(prefix, rows, model.device)
+    decoder = _decoder(model)
+    before = decoder.config._attn_implementation
+    decoder.config._attn_implementation = _PACKED
+    try:
+        hidden = decoder(
+            input_ids=torch.tensor([[token for row in rows for token in row]], device=model.device),
+            position_ids=packing.positions[None],
+            # Already four-dimensional, so that transformers makes none of its own.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device),
+            use_cache=False,
+            packing=packing,
+        ).last_hidden_state
+    finally:
+        decoder.config._attn_implementation = before
+    return hidden[0]
+
+
+def packs(model: Any) -> bool:
+    """Whether `forward_packed` runs this model without padding."""
+    decoder = _decoder(model)
+    return bool(decoder.config._attn_implementation == "sdpa" and decoder._supports_attention_backend)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Where each packed token stands: its row, its column among the row's own tokens, its position in the
+    text; and what it may see: [rows, 1, own columns, prefix columns + own columns]."""
+
+    prefix: Prefix
+    rows: int
+    width: int
+    row: Tensor
+    column: Tensor
+    positions: Tensor
+    mask: Tensor
+
+    @staticmethod
+    def of(prefix: Prefix, rows: Sequence[Sequence[int]], device: Any) -> _Packing:
+        row = torch.tensor([number for number, tokens in enumerate(rows) for _ in tokens], device=device)
+        column = torch.tensor([column for tokens in rows for column in range(len(tokens))], device=device)
+        before = torch.tensor(prefix.lengths, device=device)
+        width = max(map(len, rows))
+        own = torch.arange(width, device=device)
+        # A place beyond a row's end sees what its row sees; nobody reads what comes of it.
+        seen = (torch.arange(prefix.width, device=device)[None, :] < before[:, None])[:, None, :]
+        causal = (own[None, :] <= own[:, None])[None]
+        mask = torch.cat([seen.expand(-1, width, -1), causal.expand(len(rows), -1, -1)], dim=2)
+        return _Packing(prefix, len(rows), width, row, column, before[row] + column, mask[:, None])
+
+    def apart(self, packed: Tensor) -> Tensor:
+        """[1, heads, tokens, head size] as [rows, heads, own columns, head size]."""
+        _, heads, _, size = packed.shape
+        padded = packed.new_zeros(self.rows, self.width, heads, size)
+        padded[self.row, self.column] = packed[0].transpose(0, 1)
+        return padded.transpose(1, 2)
+
+    def within(self, window: int) -> Tensor:
+        """The mask of a layer that looks back over `window` tokens only."""
+        before = torch.tensor(self.prefix.lengths, device=self.mask.device)[:, None]
+        own = before + torch.arange(self.width, device=self.mask.device)[None, :]
+        of_prefix = torch.arange(self.prefix.width, device=self.mask.device)[None, :].expand(self.rows, -1)
+        distance = own[:, :, None] - torch.cat([of_prefix, own], dim=1)[:, None, :]
+        return self.mask & (distance < window)[:, None]
+
+
+_PACKED = "see_ray_packed"
+
+
+def _packed_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *, packing: _Packing, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention over packed rows, as transformers calls it: tensors [1, heads, tokens, head size]."""
+    query, key, value = map(packing.apart, (query, key, value))
+    if packing.prefix.layers:
+        keys, values = packing.prefix.layers[module.layer_idx]
+        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+    window = kwargs.get("sliding_window")
+    mask = packing.mask if window is None else packing.within(window)
+    attended, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    return attended[packing.row, packing.column][None], None
+
+
+AttentionInterface.register(_PACKED, _packed_attention)
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:

@@ -31,6 +31,9 @@ Chat = list[dict[str, str]]
 LONGEST_QUERY = 48
 """Tokens after which a sampled general query is given up."""
 
+MOST_AT_ONCE = 128
+"""General queries that are sampled in one batch."""
+
 HELD_OUT_SHARE = 0.25
 """Share of the general queries held out for calibration."""
 
@@ -43,11 +46,13 @@ class Example:
         prompt: token ids up to and including the generation prompt; no loss.
         target: the supervised token ids: accept, response and end of turn; or pass alone.
         kind: where it comes from.
+        row: the same for people: `sa.jsonl:17`, `rehearsal query 3 of sa`, `general query 5`.
     """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
     kind: Literal["accept", "rehearsal", "general"]
+    row: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,14 @@ class Reconstruction:
         own: held-out rows of the task, with their prompts' token ids.
         foreign: held-out prompts that the expert must pass on, as (kind, token ids); kind is
             `general` or an earlier expert's name.
+        held_out: `own` and then `foreign` as examples, with the targets they would have.
         rehearsal: queries of this task kept for later experts' negatives.
     """
 
     train: list[Example]
     own: list[tuple[Row, list[int]]]
     foreign: list[tuple[str, list[int]]]
+    held_out: list[Example]
     rehearsal: list[Chat]
 
     def counts(self) -> dict[str, int]:
@@ -100,10 +107,11 @@ def reconstruct(
 
     def accept(row: Row) -> Example:
         response = tokenizer(row.response, add_special_tokens=False)["input_ids"]
-        return Example(tuple(encode_prompt(tokenizer, row.messages)), (activation.accept, *response, end), "accept")
+        prompt = tuple(encode_prompt(tokenizer, row.messages))
+        return Example(prompt, (activation.accept, *response, end), "accept", row.where)
 
-    def refuse(chat: Chat, kind: Literal["rehearsal", "general"]) -> Example:
-        return Example(tuple(encode_prompt(tokenizer, chat)), (activation.refuse,), kind)
+    def refuse(chat: Chat, kind: Literal["rehearsal", "general"], row: str) -> Example:
+        return Example(tuple(encode_prompt(tokenizer, chat)), (activation.refuse,), kind, row)
 
     # A query that this task holds too cannot be foreign to it, and none may be both fitted on
     # and held out.
@@ -118,12 +126,14 @@ def reconstruct(
     train = [accept(row) for row in task.train]
     foreign: list[tuple[str, list[int]]] = []
     for name, (rehearsal, held_out) in sorted(earlier.items()):
-        train += [refuse(chat, "rehearsal") for chat in rehearsal if is_new(chat)]
+        new = [(number, chat) for number, chat in enumerate(rehearsal, 1) if is_new(chat)]
+        train += [refuse(chat, "rehearsal", f"rehearsal query {number} of {name}") for number, chat in new]
         foreign += [(name, encode_prompt(tokenizer, chat)) for chat in held_out if is_new(chat)]
     chosen = [chat for chat in general if is_new(chat)]
     draw.shuffle(chosen)
     kept = math.ceil(config.general_negatives * HELD_OUT_SHARE)
-    train += [refuse(chat, "general") for chat in chosen[: config.general_negatives]]
+    negatives = enumerate(chosen[: config.general_negatives], 1)
+    train += [refuse(chat, "general", f"general query {number}") for number, chat in negatives]
     foreign += [
         ("general", encode_prompt(tokenizer, chat))
         for chat in chosen[config.general_negatives : config.general_negatives + kept]
@@ -131,10 +141,13 @@ def reconstruct(
     draw.shuffle(train)
     own = list(task.eval)
     draw.shuffle(own)
+    mine = [accept(row) for row in own[: config.max_eval_rows]]
+    theirs = [Example(tuple(ids), (activation.refuse,), "rehearsal", f"a query of {kind}") for kind, ids in foreign]
     return Reconstruction(
         train=train,
-        own=[(row, encode_prompt(tokenizer, row.messages)) for row in own[: config.max_eval_rows]],
+        own=[(row, list(example.prompt)) for row, example in zip(own, mine, strict=False)],
         foreign=foreign,
+        held_out=[*mine, *theirs],
         rehearsal=sample_queries(task.train, config.rehearsal_share, seed),
     )
 
@@ -213,11 +226,12 @@ def sample_general(
     model = load_model(base, config, "cuda" if torch.cuda.is_available() else "cpu")
     start = tokenizer(user_turn_start(tokenizer), add_special_tokens=False, return_tensors="pt").to(model.device)
     width, seen = start["input_ids"].shape[1], {chat[0]["content"] for chat in chats}
-    batch, rounds = 64, 0
+    rounds = 0
     torch.manual_seed(seed * 1000 + len(chats))
     while len(chats) < count:
         rounds += 1
-        if rounds > 4 + 8 * math.ceil(count / batch):
+        batch = min(MOST_AT_ONCE, math.ceil(1.5 * (count - len(chats))) + 4)  # about a quarter are dropped
+        if rounds > 12 + 8 * math.ceil(count / MOST_AT_ONCE):
             raise ConfigError(
                 f"{base.name} wrote only {len(chats)} of {count} general queries from its chat template; it may be no "
                 "chat model: give reconstruct.general_negatives_file, or lower reconstruct.general_negatives"

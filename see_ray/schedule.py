@@ -29,6 +29,7 @@ class Schedule:
 
     Attributes:
         steps: number of optimizer steps in all.
+        steps_per_epoch: of which so many read every example once.
     """
 
     def __init__(self, prefix_lengths: Sequence[int], config: FitConfig, world: int):
@@ -37,10 +38,11 @@ class Schedule:
         self.prefix_lengths = list(prefix_lengths)
         order = list(range(len(prefix_lengths)))
         random.Random(f"lanes {config.seed}").shuffle(order)
-        width = min(max(config.train_batch_size, world), len(order))
+        width = min(config.train_batch_size, len(order))
         self._lanes = [order[lane::width] for lane in range(width)]
         self._worker = {number: index % world for index, lane in enumerate(self._lanes) for number in lane}
-        self.steps = config.num_train_epochs * len(self._lanes[0])
+        self.steps_per_epoch = len(self._lanes[0])
+        self.steps = config.num_train_epochs * self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
         for epoch in range(self._config.num_train_epochs):

@@ -25,20 +25,20 @@ import shutil
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
-from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, ObjectStore, from_url
+from obstore.exceptions import AlreadyExistsError
+from obstore.store import LocalStore, ObjectStore
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from see_ray.errors import ConflictError, FingerprintError, NotFoundError, StoreError
+from see_ray.object_store import explained, open_object_store
 
 _FORMAT = 1
 _TRIES = 20  # to append a sequence version; at most about 15 s of waiting
@@ -48,12 +48,6 @@ _IN_EXPERT = re.compile(rf"experts/({_NAME})/([1-9][0-9]{{0,8}})/(.+)")
 _SNAPSHOT = re.compile(r"sequence/([0-9]{8})\.json")
 # No ".." or leading "/", which would write outside the cache; no "#", which obstore keeps for itself.
 _FILE = r"^(\.?[A-Za-z0-9_-][A-Za-z0-9_.-]*/)*\.?[A-Za-z0-9_-][A-Za-z0-9_.-]*$"
-_CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION; for a compatible store also AWS_ENDPOINT_URL, "
-    "and AWS_ALLOW_HTTP=true for plain http",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY",
-}
 
 Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
 Utc = Annotated[AwareDatetime, AfterValidator(lambda when: when.astimezone(UTC))]
@@ -168,17 +162,8 @@ class ExpertStore:
 
         Credentials come from the cloud's own environment variables; the first operation tries them.
         """
-        url = str(url)
-        scheme, separator, _ = url.partition("://")
-        with _explained("open", url):
-            if not separator or scheme == "file":
-                path = Path(unquote(urlsplit(url).path) if separator else url).expanduser().absolute()
-                return cls(LocalStore(path, mkdir=True), str(path))
-            if scheme not in _CREDENTIALS:
-                raise StoreError(f"cannot open the expert store {url}: use a folder, s3://…, gs://… or az://…")
-            # With obstore's own limits (10 tries, 3 minutes) a command without network seems to hang.
-            client = from_url(url, retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)})
-            return cls(client, url.rstrip("/"))
+        store, place = open_object_store(url, "the expert store")
+        return cls(store, place)
 
     # Experts: written once, complete when the manifest is there.
 
@@ -486,15 +471,5 @@ def _compare(found: str | None, manifest: Manifest, file: str, where: str) -> No
         raise StoreError(f"{where}/{file} is {what}; restore it from a backup, or fit {manifest.task} again")
 
 
-@contextmanager
-def _explained(what: str, url: str) -> Iterator[None]:
-    """Turn exceptions of obstore and the file system into a StoreError of one line."""
-    try:
-        yield
-    except (BaseError, OSError, ValueError) as error:
-        found = " ".join(str(error).partition("Debug source")[0].split())[:500]
-        variables = _CREDENTIALS.get(url.partition("://")[0])
-        todo = "check that the folder is there, that you may write to it, and that there is room"
-        if variables and not getattr(error, "filename", None):  # a file name: this machine's disk is at fault
-            todo = f"check the address, the network and the credentials ({variables})"
-        raise StoreError(f"cannot {what} the expert store {url}: {found}; {todo}") from error
+def _explained(what: str, url: str) -> AbstractContextManager[None]:
+    return explained(f"{what} the expert store", url)

@@ -22,6 +22,8 @@ ORDER = [
     "",  # see_ray/__init__.py
     "errors",
     "config",
+    "object_store",
+    "checkpoint",
     "base_model",
     "activation",
     "task",
@@ -29,13 +31,17 @@ ORDER = [
     "prefix",
     "schedule",
     "fit_report",
+    "fit_step",
+    "fit_state",
     "fit_worker",
     "fit",
+    "track",
     "calibrate",
     "store",
     "engine",
     "engine.embedded",
     "engine.text",
+    "admit",
     "chain",
     "api",
     "ray_session",
@@ -51,8 +57,19 @@ ORDER = [
     "cli",
 ]
 
-IMPORTS_RAY = {"fit", "fit_worker", "ray_session", "replica", "deployer", "ingress", "serving", "learn", "demo"}
-IMPORTS_TORCH_AT_ONCE = {"prefix", "fit_worker", "engine.embedded"}
+IMPORTS_RAY = {
+    "admit",
+    "fit",
+    "fit_worker",
+    "ray_session",
+    "replica",
+    "deployer",
+    "ingress",
+    "serving",
+    "learn",
+    "demo",
+}
+IMPORTS_TORCH_AT_ONCE = {"prefix", "fit_state", "fit_step", "fit_worker", "engine.embedded"}
 
 LEFTOVERS = {"utils", "util", "common", "helpers", "helper", "manager", "types", "misc"}
 

@@ -8,13 +8,31 @@ import pytest
 
 from see_ray.activation import activation_of
 from see_ray.errors import FitError
-from see_ray.fit import fit_expert
+from see_ray.fit import Listener, fit_expert
 from see_ray.fit_report import Progress
-from see_ray.reconstruct import read_general_file, reconstruct
+from see_ray.reconstruct import Example, read_general_file, reconstruct
 from see_ray.task import read_task
 
 TOLERANCE = 0.02
 """Largest difference of P(accept) between fits that differ only in how sums are ordered."""
+
+
+class Heard(Listener):
+    """Keeps what a fit tells."""
+
+    def __init__(self) -> None:
+        self.seen: list[Progress] = []
+        self.notes: list[str] = []
+        self.figured: list[tuple[int, dict[str, float]]] = []
+
+    def progress(self, progress: Progress) -> None:
+        self.seen.append(progress)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def figures(self, step: int, figures: dict[str, float]) -> None:
+        self.figured.append((step, figures))
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +49,20 @@ def fit(config, ray_here, base, made, tokenizer, tasks, tmp_path_factory):
     """Fits with changed settings; returns the folder and what fit_expert returned."""
     from see_ray.activation import encode_prompt
 
-    _, reconstruction = made
+    activation, reconstruction = made
     held_out = [
-        encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
-        for name in ("dates", "tickets")
+        Example(tuple(encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])), target, "general", name)
+        for name, target in (("dates", (activation.accept, 42, 43)), ("tickets", (activation.refuse,)))
         for row in tasks[name].test[:8]
     ]
 
-    def run(name: str, on_progress=lambda progress: None, **changes):
+    def run(name: str, listener=None, **changes):
         folder = tmp_path_factory.mktemp(name)
         settings = config.fit.model_copy(update={"train_batch_size": 8, "threads_per_worker": 1, **changes})
         point = activation_of(tokenizer, config.base_model, settings)
         fitted = fit_expert(
             reconstruction.train, base, point, config.base_model, settings, folder,
-            run_name=f"test-{name}-{folder.name}", held_out=held_out, on_progress=on_progress,
+            name=f"test-{name}", held_out=held_out, listener=listener,
         )  # fmt: skip
         return folder, fitted
 
@@ -53,9 +71,9 @@ def fit(config, ray_here, base, made, tokenizer, tasks, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_worker(fit):
-    seen: list[Progress] = []
-    folder, fitted = fit("one", seen.append)
-    return folder, fitted, seen
+    heard = Heard()
+    folder, fitted = fit("one", heard)
+    return folder, fitted, heard
 
 
 def test_a_fit_learns(one_worker):
@@ -71,15 +89,29 @@ def test_held_out_decisions_tell_own_from_foreign(one_worker):
 
 
 def test_the_workers_tell_their_progress(one_worker):
-    phases = [progress.phase for progress in one_worker[2]]
+    phases = [progress.phase for progress in one_worker[2].seen]
     assert "starting" in phases
-    steps = [progress for progress in one_worker[2] if progress.phase == "fit"]
+    steps = [progress for progress in one_worker[2].seen if progress.phase == "fit"]
     assert [progress.done for progress in steps] == sorted(progress.done for progress in steps)
     assert all(progress.total == 10 and progress.loss > 0 and progress.tokens_per_s > 0 for progress in steps)
 
 
 def test_prefixes_are_read_once_and_kept(one_worker):
     assert one_worker[1].summary.kv_hit_rate == 1.0
+
+
+def test_suffixes_are_packed_without_padding(one_worker):
+    assert one_worker[1].summary.padding_share == 0.0
+
+
+def test_every_row_is_read_once_an_epoch(one_worker):
+    assert (one_worker[1].summary.fewest_reads, one_worker[1].summary.most_reads) == (2, 2)
+
+
+def test_every_step_is_measured_once_and_held_out_rows_after_each_epoch(one_worker):
+    figured = one_worker[2].figured
+    assert [step for step, figures in figured if "train/loss" in figures] == list(range(1, 11))
+    assert [step for step, figures in figured if "eval/own_accuracy" in figures] == [5, 10]
 
 
 def test_the_result_is_a_peft_folder(one_worker):
@@ -93,6 +125,7 @@ def test_the_result_is_a_peft_folder(one_worker):
 def test_two_workers_fit_the_same_expert_as_one(fit, one_worker, stage):
     _, fitted = fit(f"zero{stage}", num_workers=2, zero_stage=stage)
     assert (fitted.summary.workers, fitted.summary.zero_stage) == (2, stage)
+    assert (fitted.summary.fewest_reads, fitted.summary.most_reads) == (2, 2)
     assert fitted.summary.losses[0] == pytest.approx(one_worker[1].summary.losses[0], rel=1e-4)
     assert fitted.decisions == pytest.approx(one_worker[1].decisions, abs=TOLERANCE)
 
@@ -104,14 +137,14 @@ def test_the_full_form_comes_from_the_same_code_and_keeps_no_prefix(fit):
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(fit):
-    with pytest.raises(FitError, match=r"loss became (nan|inf)"):
+    with pytest.raises(FitError, match=r"loss became (nan|inf) at step \d+, whose rows are .*dates\.jsonl:\d+"):
         fit("nan", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0)
 
 
 def test_a_target_module_that_does_not_exist_is_named(base, config):
     from see_ray.base_model import load_model
-    from see_ray.fit_worker import _with_adapter
+    from see_ray.fit_worker import with_adapter
 
     settings = config.fit.model_copy(update={"target_modules": ("no_such_layer",)})
     with pytest.raises(FitError, match="no_such_layer"):
-        _with_adapter(load_model(base, config.base_model), settings)
+        with_adapter(load_model(base, config.base_model), settings)
