@@ -29,8 +29,8 @@ def disconnect() -> None:
 def connect() -> bool:
     """Connect this process to Ray; True if a new local Ray was started for it.
 
-    `$RAY_ADDRESS` is respected (a submitted job has it set), then a Ray that runs on this
-    machine, and otherwise Ray starts here, on loopback, and ends with this process.
+    `$RAY_ADDRESS` is respected (a submitted job has it set; `local` means a new Ray), then a Ray
+    that runs on this machine, and otherwise Ray starts here, on loopback, and ends with this process.
 
     Raises:
         ServingError: the cluster cannot be reached.
@@ -48,9 +48,11 @@ def connect() -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         try:
+            if os.environ.get("RAY_ADDRESS") == "local":
+                raise ConnectionError("a new Ray is asked for")
             ray.init(address="auto", **quiet)
         except ConnectionError:
-            if os.environ.get("RAY_ADDRESS"):
+            if os.environ.get("RAY_ADDRESS", "local") != "local":
                 raise
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
             return True

@@ -123,7 +123,8 @@ def test_the_result_is_a_peft_folder(one_worker):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_workers_fit_the_same_expert_as_one(fit, one_worker, stage):
-    _, fitted = fit(f"zero{stage}", num_workers=2, zero_stage=stage)
+    # Under ZeRO 3 every pass gathers the whole model; no more of them than are looked at here.
+    _, fitted = fit(f"zero{stage}", num_workers=2, zero_stage=stage, eval_every_steps=1000)
     assert (fitted.summary.workers, fitted.summary.zero_stage) == (2, stage)
     assert (fitted.summary.fewest_reads, fitted.summary.most_reads) == (2, 2)
     assert fitted.summary.losses[0] == pytest.approx(one_worker[1].summary.losses[0], rel=1e-4)
