@@ -26,7 +26,7 @@ from see_ray.errors import RequestError, ServingError
 Json = dict[str, Any]
 _T = TypeVar("_T")
 
-AT_ONCE = 4
+AT_ONCE = 8
 """Requests of `ask_all` and `route_all` under way at the same time."""
 
 CONNECT_S, SILENCE_S = 5.0, 600.0

@@ -214,6 +214,10 @@ class ServeConfig(Section):
     lookahead: int = Field(default=1, ge=1)
     """How many experts are asked at once. The answer is the same for every value."""
 
+    spare: bool = True
+    """Keep one application with the base model loaded and no expert yet, so that a newly published expert is
+    live within seconds. It takes what `min_replicas` other replicas take."""
+
     poll_s: float = Field(default=2.0, gt=0)
     """Seconds between looks at the expert store for a new sequence version."""
 

@@ -29,12 +29,13 @@ from see_ray.activation import encode_prompt
 from see_ray.base_model import context_length, find, load_tokenizer
 from see_ray.chain import GENERALIST, ExpertUnavailable, Link, Trace, named, walk
 from see_ray.config import Config
-from see_ray.deployer import GENERALIST_APP, Live
+from see_ray.deployer import Live
 from see_ray.errors import RequestError
+from see_ray.replica import GENERALIST_APP
 
 logger = logging.getLogger("ray.serve")
 
-LIVE_EVERY_S = 1.0
+LIVE_EVERY_S = 0.5
 """Seconds between the ingress's questions to the deployer."""
 
 web = FastAPI(title="see_ray", docs_url=None, redoc_url=None, openapi_url=None)
@@ -103,6 +104,7 @@ class Ingress:
             "experts": [{"name": e.name, "version": e.version, "threshold": e.threshold} for e in live.experts],
             "failed": live.failed,
             "pending": live.pending,
+            "spare": live.spare,
             "store_error": live.store_error,
         }
         return JSONResponse(body, status_code=200 if live.version >= 0 else 503)

@@ -1,11 +1,13 @@
 """One Serve replica: the base model with one expert beside it, or alone as the generalist.
 
 Every expert is a Serve application of its own, so that adding or removing one leaves all other
-replicas as they are. Replicas on one host map the same base model file.
+replicas as they are. Replicas on one host map the same base model file. A *spare* has loaded the base
+model and waits for an expert, so that one that is published is live without waiting for imports.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,8 +17,13 @@ from ray import serve
 from see_ray.activation import Activation
 from see_ray.api import Sampling
 from see_ray.config import Config, ServeConfig
-from see_ray.errors import FingerprintError
+from see_ray.errors import FingerprintError, SeeError, ServingError
 from see_ray.store import ExpertRef, ExpertStore, Manifest
+
+INGRESS_APP = "see"
+GENERALIST_APP = "see-generalist"
+ASK_EVERY_S = 0.25
+"""Seconds between a spare's questions which expert it is for."""
 
 
 def activation_of_manifest(manifest: Manifest) -> Activation:
@@ -30,45 +37,79 @@ class Replica:
     Args:
         config: the whole configuration, as JSON.
         ref: name and version of the expert; None for the generalist.
+        spare: name of this application, if it is to ask the deployer which expert it is for.
 
     Raises:
         FingerprintError: the expert was fitted on another base model.
     """
 
-    def __init__(self, config: dict[str, Any], ref: tuple[str, int] | None):
+    def __init__(self, config: dict[str, Any], ref: tuple[str, int] | None, spare: str | None = None):
         import torch
 
-        from see_ray.base_model import cache_dir, find, load_tokenizer
-        from see_ray.engine.embedded import EmbeddedEngine, Expert
+        from see_ray.base_model import find, load_tokenizer
+        from see_ray.engine.embedded import EmbeddedEngine
 
-        settings = Config.model_validate(config)
-        self._serve = settings.serve
+        self._config = Config.model_validate(config)
+        self._serve = self._config.serve
         torch.set_num_threads(self._serve.replica_threads or max(1, (os.cpu_count() or 1) // 2))
-        base = find(settings.base_model)
-        self._expert: str | None = None
+        self._base = find(self._config.base_model)
+        self._ref: tuple[str, int] | None = None
+        self._error: SeeError | None = None
+        self._ready = asyncio.Event()
+        self._tokenizer = load_tokenizer(self._base)
+        self._engine = EmbeddedEngine(self._base, self._config.base_model, prefix_tokens=self._serve.prefix_tokens)
         if ref is not None:
-            store = ExpertStore.open(settings.store.url)
-            manifest = store.manifest(ExpertRef(name=ref[0], version=ref[1]))
-            if manifest.fingerprint != base.fingerprint:
-                raise FingerprintError(
-                    f"{manifest.id} was fitted on the base model {manifest.base_model} "
-                    f"({manifest.fingerprint[:12]}); this endpoint serves {base.name} ({base.fingerprint[:12]})"
-                )
-            folder = store.fetch(manifest.ref, cache_dir(settings.base_model) / "experts")
-        self._tokenizer = load_tokenizer(base)
-        self._engine = EmbeddedEngine(base, settings.base_model, prefix_tokens=self._serve.prefix_tokens)
-        if ref is not None:
-            self._expert = manifest.name
-            self._engine.load(Expert(manifest.name, folder, activation_of_manifest(manifest)))
+            self._load(ref)
+        if spare is None:
+            self._ready.set()
+        else:
+            self._waiting = asyncio.get_running_loop().create_task(self._wait_for_expert(spare))
+
+    def _load(self, ref: tuple[str, int]) -> None:
+        from see_ray.base_model import cache_dir
+        from see_ray.engine.embedded import Expert
+
+        store = ExpertStore.open(self._config.store.url)
+        manifest = store.manifest(ExpertRef(name=ref[0], version=ref[1]))
+        if manifest.fingerprint != self._base.fingerprint:
+            raise FingerprintError(
+                f"{manifest.id} was fitted on the base model {manifest.base_model} ({manifest.fingerprint[:12]}); "
+                f"this endpoint serves {self._base.name} ({self._base.fingerprint[:12]})"
+            )
+        folder = store.fetch(manifest.ref, cache_dir(self._config.base_model) / "experts")
+        self._engine.load(Expert(manifest.name, folder, activation_of_manifest(manifest)))
+        self._ref = ref
+
+    async def _wait_for_expert(self, spare: str) -> None:
+        deployer = serve.get_deployment_handle("Deployer", INGRESS_APP)
+        while self._ref is None and self._error is None:
+            try:
+                ref = await deployer.expert_of.remote(spare)
+                if ref is not None:
+                    await asyncio.to_thread(self._load, ref)
+            except SeeError as error:
+                self._error = error
+            except Exception:  # the deployer is being started anew: it will answer again
+                await asyncio.sleep(1)
+            await asyncio.sleep(ASK_EVERY_S)
+        self._ready.set()
 
     def about(self) -> dict[str, Any]:
-        """Which process this is; a replica that was not restarted keeps its number."""
-        return {"expert": self._expert, "pid": os.getpid()}
+        """Which process this is (a replica that was not restarted keeps its number), whose, and what is wrong."""
+        return {"expert": self._ref, "pid": os.getpid(), "error": self._error and str(self._error)}
+
+    async def _name(self) -> str | None:
+        """The expert's name, once there is one."""
+        await self._ready.wait()
+        if self._error is not None:
+            raise ServingError(str(self._error))
+        return self._ref and self._ref[0]
 
     async def decide(self, prompt: list[int]) -> float:
         """P(accept) of this expert for a prompt (token ids)."""
-        assert self._expert is not None, "the generalist decides nothing"
-        return (await self._engine.decide(prompt, [self._expert]))[0]
+        name = await self._name()
+        assert name is not None, "the generalist decides nothing"
+        return (await self._engine.decide(prompt, [name]))[0]
 
     async def generate(self, prompt: list[int], max_tokens: int, sampling: Sampling) -> AsyncIterator[Any]:
         """The answer to a prompt (token ids) as pieces of text; see `engine.text.Piece`."""
@@ -77,16 +118,16 @@ class Replica:
 
         temperature = self._serve.temperature if sampling.temperature is None else sampling.temperature
         draw = Draw(temperature, sampling.top_p, sampling.seed)
-        ids = self._engine.generate(prompt, self._expert, max_tokens, draw)
+        ids = self._engine.generate(prompt, await self._name(), max_tokens, draw)
         async for piece in pieces(ids, self._tokenizer, max_tokens, sampling.stop):
             yield piece
 
 
-def replica_app(config: Config, ref: ExpertRef | None) -> serve.Application:
-    """The Serve application of one expert, or of the generalist."""
-    deployment = serve.deployment(Replica, name="Generalist" if ref is None else "Expert")
+def replica_app(config: Config, ref: ExpertRef | None, spare: str | None = None) -> serve.Application:
+    """The Serve application of one expert, of the generalist, or of a spare with that name."""
+    deployment = serve.deployment(Replica, name="Generalist" if ref is None and spare is None else "Expert")
     options = deployment.options(**replica_options(config.serve))
-    return options.bind(config.model_dump(mode="json"), None if ref is None else (ref.name, ref.version))
+    return options.bind(config.model_dump(mode="json"), None if ref is None else (ref.name, ref.version), spare)
 
 
 def replica_options(config: ServeConfig) -> dict[str, Any]:

@@ -19,13 +19,10 @@ from ray.serve.exceptions import RayServeException
 from see_ray import api
 from see_ray.base_model import find
 from see_ray.config import Config
-from see_ray.deployer import GENERALIST_APP, Deployer, app_name
+from see_ray.deployer import Deployer
 from see_ray.errors import ServingError
 from see_ray.ingress import Ingress, web
-from see_ray.replica import replica_app
-from see_ray.store import ExpertRef
-
-INGRESS_APP = "see"
+from see_ray.replica import GENERALIST_APP, INGRESS_APP, replica_app
 
 
 def ingress_app(config: Config, keys: api.ApiKeys) -> serve.Application:
@@ -102,10 +99,11 @@ def stop() -> None:
         serve.delete(name)
 
 
-def about_replicas(experts: list[ExpertRef]) -> list[dict[str, Any]]:
-    """Process ids of the generalist's and the experts' replicas."""
-    apps = [GENERALIST_APP, *(app_name(ref) for ref in experts)]
-    return [serve.get_app_handle(app).about.remote().result() for app in apps]
+def about_replicas() -> dict[str, dict[str, Any]]:
+    """What a replica of each says of itself (its process id, for example): the generalist, and all live experts."""
+    live = serve.get_deployment_handle("Deployer", INGRESS_APP).live.remote().result()
+    apps = {"generalist": GENERALIST_APP, **{expert.name: expert.app for expert in live.experts}}
+    return {name: serve.get_app_handle(app).about.remote().result() for name, app in apps.items()}
 
 
 def _is_loopback(host: str) -> bool:

@@ -39,6 +39,7 @@ ORDER = [
     "calibrate",
     "store",
     "engine",
+    "engine.adapters",
     "engine.embedded",
     "engine.text",
     "admit",
@@ -69,7 +70,7 @@ IMPORTS_RAY = {
     "learn",
     "demo",
 }
-IMPORTS_TORCH_AT_ONCE = {"prefix", "fit_state", "fit_step", "fit_worker", "engine.embedded"}
+IMPORTS_TORCH_AT_ONCE = {"prefix", "fit_state", "fit_step", "fit_worker", "engine.adapters", "engine.embedded"}
 
 LEFTOVERS = {"utils", "util", "common", "helpers", "helper", "manager", "types", "misc"}
 

@@ -131,6 +131,53 @@ def test_requests_take_turns(engine, tokenizer):
     assert sorted(order) == ["a"] * 6 + ["b"] * 6
 
 
+MIXED = [
+    ("My parcel has not arrived.", "tickets"),
+    ("Write 3 May 2021 in the standard form.", "dates"),
+    ("What is the capital of France?", None),
+    ("Tell me about the sea, and how deep it is.", None),
+    ("I want my money back!", "tickets"),
+]
+
+
+def test_answers_of_all_experts_are_written_together_and_as_each_alone(engine, tokenizer, monkeypatch):
+    steps: list[int] = []
+    real = engine._step
+    monkeypatch.setattr(engine, "_step", lambda batch: (steps.append(len(batch)), real(batch)))
+    alone = [asyncio.run(answer(engine, ids(tokenizer, text), who, 12)) for text, who in MIXED]
+    taken_alone = len(steps)
+    steps.clear()
+
+    async def together() -> list[list[int]]:
+        return await asyncio.gather(*(answer(engine, ids(tokenizer, text), who, 12) for text, who in MIXED))
+
+    assert asyncio.run(together()) == alone
+    assert max(steps) == len([made for made in alone if len(made) > 1])
+    assert len(steps) < taken_alone
+
+
+def test_an_answer_that_is_given_up_leaves(engine, tokenizer):
+    async def give_up() -> None:
+        stream = engine.generate(ids(tokenizer, "Write a poem about rain."), None, 1000)
+        await anext(stream)
+        await stream.aclose()
+        for _ in range(100):
+            if not engine._writing:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError("it is still being written")
+
+    asyncio.run(give_up())
+
+
+def test_an_answer_longer_than_its_first_room_is_as_transformers_writes_it(engine, config, base, tokenizer):
+    prompt = ids(tokenizer, "Count from one to one hundred.")
+    model = load_model(base, config.base_model)
+    theirs = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=150, do_sample=False)[0, len(prompt) :]
+    ours = asyncio.run(answer(engine, prompt, None, 150))
+    assert ours == [token for token in theirs.tolist() if token not in engine.eos]
+
+
 def test_kept_prefixes_are_bounded(engine, tokenizer, monkeypatch):
     monkeypatch.setattr(engine, "_room", 100)
     for number in range(8):

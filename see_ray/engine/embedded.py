@@ -1,37 +1,42 @@
 """The embedded engine: decisions and answers on transformers and PyTorch, in this process.
 
-It holds the base model once and any number of experts beside it. Their LoRA weights are
-stacked ([experts, in, r] and [experts, r, out] for each linear layer), and each row of a
-forward pass names the slot that applies to it; slot 0 is all zeros, the generalist. A prompt's
+It holds the base model once and any number of experts beside it (`engine.adapters`). A prompt's
 prefix is read once and kept for a while, so that a decision, the winner's answer and the
 generalist's all continue from the same keys and values.
 
-The engine knows token ids only; text is `engine.text`'s business. PyTorch runs on one worker
-thread, one forward pass at a time, so requests take turns token by token and a request that
-is given up stops within one of them.
+Answers are written together: each step takes one token of every answer in progress, whoever gives
+it, in one forward pass. A new answer joins between two steps; one that is finished or given up
+leaves. PyTorch runs on one worker thread, one forward pass at a time. The engine knows token ids
+only; text is `engine.text`'s business.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from see_ray.activation import Activation, p_accept
 from see_ray.base_model import BaseModel, load_model
 from see_ray.config import BaseModelConfig
+from see_ray.engine.adapters import AdapterBank
 from see_ray.errors import ServingError
 from see_ray.prefix import Prefix, forward, logits_of, prefill
 
 T = TypeVar("T")
+
+STEP_ROWS = 32
+"""Answers that one step goes on with at most; the others take the next turn."""
+
+ROOM = 64
+"""Tokens by which an answer's memory for keys and values grows."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,12 @@ class EmbeddedEngine:
         self.model = load_model(base, config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         eos = self.model.generation_config.eos_token_id
         self.eos = frozenset([eos] if isinstance(eos, int) else eos or [])
-        self._bank = _Bank(self.model)
+        self._bank = AdapterBank(self.model)
         self._experts: dict[str, Expert] = {}
         self._prefixes: OrderedDict[tuple[str | None, tuple[int, ...]], Prefix] = OrderedDict()
         self._room = prefix_tokens
+        self._writing: list[_Answer] = []
+        self._writer: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
     # --- experts ---------------------------------------------------------------------------
@@ -149,14 +156,35 @@ class EmbeddedEngine:
         generator = torch.Generator()
         if draw.temperature > 0:
             generator.manual_seed(draw.seed) if draw.seed is not None else generator.seed()
-        state = await self._run(lambda: self._start(prompt, expert))
-        for number in range(max_tokens):
-            token = _choose(state.logits, draw, generator)
-            if token in self.eos:
-                return
-            yield token
-            if number + 1 < max_tokens:
-                await self._run(lambda token=token: self._step(state, token))  # type: ignore[misc]
+        answer = await self._run(lambda: self._start(prompt, expert, max_tokens, draw, generator))
+        answer.flush()
+        if not answer.over:
+            self._writing.append(answer)
+            if self._writer is None or self._writer.done():
+                self._writer = asyncio.get_running_loop().create_task(self._write())
+        try:
+            while (token := await answer.tokens.get()) is not None:
+                if isinstance(token, BaseException):
+                    raise token
+                yield token
+        finally:
+            answer.over = True
+
+    async def _write(self) -> None:
+        """Go on with all answers in progress, step by step, until there are none."""
+        while self._writing:
+            batch = self._writing[:STEP_ROWS]
+            try:
+                await self._run(lambda batch=batch: self._step(batch))  # type: ignore[misc]
+            except Exception as error:
+                for answer in batch:
+                    answer.over = True
+                    answer.tokens.put_nowait(error)
+            # Those that had their turn go to the end.
+            rest = [*self._writing[len(batch) :], *batch]
+            for answer in batch:
+                answer.flush()
+            self._writing = [answer for answer in rest if not answer.over]
 
     # --- forward passes, on the worker thread ---------------------------------------------------
 
@@ -172,27 +200,42 @@ class EmbeddedEngine:
         return logits_of(self.model, hidden[:, -1])
 
     @torch.inference_mode()
-    def _start(self, prompt: Sequence[int], expert: str | None) -> _Answer:
+    def _start(
+        self, prompt: Sequence[int], expert: str | None, most: int, draw: Draw, generator: torch.Generator
+    ) -> _Answer:
+        """Read what is left of the prompt and choose the answer's first token."""
         before, rest = self._split(prompt, expert)
         if expert is not None:
             rest = [*rest, self._expert(expert).activation.accept]
         with self._bank.active([expert]):
             hidden, cache = forward(self.model, before, [rest])
-        return _Answer(expert, cache, len(prompt) + (expert is not None), self._answer_logits(hidden))
+        kv = torch.stack([kv[0] for layer in cache.layers for kv in (layer.keys, layer.values)])
+        answer = _Answer(expert, kv, kv.shape[2], most, draw, generator)
+        answer.choose(logits_of(self.model, hidden[0, -1]), self.eos)
+        return answer
 
     @torch.inference_mode()
-    def _step(self, state: _Answer, token: int) -> None:
-        ids = torch.tensor([[token]], device=self.model.device)
-        positions = torch.tensor([[state.length]], device=self.model.device)
-        with self._bank.active([state.expert]):
-            hidden = self.model.get_decoder()(
-                input_ids=ids, position_ids=positions, past_key_values=state.cache, use_cache=True
-            ).last_hidden_state
-        state.length += 1
-        state.logits = self._answer_logits(hidden)
-
-    def _answer_logits(self, hidden: Tensor) -> Tensor:
-        return logits_of(self.model, hidden[0, -1])
+    def _step(self, answers: list[_Answer]) -> None:
+        """One more token of each answer, in one forward pass."""
+        answers = [answer for answer in answers if not answer.over]
+        if not answers:
+            return
+        lengths = tuple(answer.length for answer in answers)
+        first = answers[0].kv
+        if len(answers) == 1:
+            both = first[:, None, :, : lengths[0]]
+        else:
+            both = first.new_zeros(first.shape[0], len(answers), first.shape[1], max(lengths), first.shape[3])
+            for row, answer in enumerate(answers):
+                both[:, row, :, : answer.length] = answer.kv[:, :, : answer.length]
+        prefix = Prefix(tuple((both[i], both[i + 1]) for i in range(0, both.shape[0], 2)), lengths)
+        with self._bank.active([answer.expert for answer in answers]):
+            hidden, cache = forward(self.model, prefix, [[answer.token] for answer in answers])
+        logits = logits_of(self.model, hidden[:, -1])
+        new = torch.stack([kv[:, :, -1] for layer in cache.layers for kv in (layer.keys, layer.values)])
+        for row, answer in enumerate(answers):
+            answer.append(new[:, row])
+            answer.choose(logits[row], self.eos)
 
     def _split(self, prompt: Sequence[int], expert: str | None) -> tuple[Prefix, list[int]]:
         """The kept prefix of a prompt and the tokens that follow it."""
@@ -236,12 +279,56 @@ class EmbeddedEngine:
 
 @dataclass
 class _Answer:
-    """An answer in progress: whose it is, its cache, its length in tokens, its next logits."""
+    """An answer in progress.
+
+    Attributes:
+        expert: whose it is; None is the generalist's.
+        kv: keys and values so far, [2 x layers, heads, room, head size].
+        length: tokens of them.
+        left: tokens that it may still have.
+        token: chosen last, not yet read.
+        tokens: for whoever asked: token ids, then None, or an error.
+        over: finished, or given up.
+    """
 
     expert: str | None
-    cache: Any
+    kv: Tensor
     length: int
-    logits: Tensor
+    left: int
+    draw: Draw
+    generator: torch.Generator
+    token: int = -1
+    tokens: asyncio.Queue[int | BaseException | None] = field(default_factory=asyncio.Queue)
+    over: bool = False
+    _chosen: list[int | None] = field(default_factory=list)
+
+    def choose(self, logits: Tensor, eos: frozenset[int]) -> None:
+        """Take the next token, or end."""
+        self.token = _choose(logits, self.draw, self.generator) if self.left > 0 else -1
+        if self.left <= 0 or self.token in eos:
+            self._chosen.append(None)
+            self.over = True
+            return
+        self.left -= 1
+        self._chosen.append(self.token)
+        if self.left == 0:
+            self._chosen.append(None)
+            self.over = True
+
+    def flush(self) -> None:
+        """Hand on what was chosen; on the event loop's thread, where queues belong."""
+        for token in self._chosen:
+            self.tokens.put_nowait(token)
+        self._chosen.clear()
+
+    def append(self, new: Tensor) -> None:
+        """Add one token's keys and values, [2 x layers, heads, head size]."""
+        if self.length == self.kv.shape[2]:
+            grown = self.kv.new_zeros(*self.kv.shape[:2], self.length + ROOM, self.kv.shape[3])
+            grown[:, :, : self.length] = self.kv
+            self.kv = grown
+        self.kv[:, :, self.length] = new
+        self.length += 1
 
 
 def _choose(logits: Tensor, draw: Draw, generator: torch.Generator) -> int:
@@ -253,127 +340,3 @@ def _choose(logits: Tensor, draw: Draw, generator: torch.Generator) -> int:
         ranked[ranked.cumsum(0) - ranked >= draw.top_p] = 0  # the first is always kept
         chances = torch.zeros_like(chances).scatter(0, order, ranked)
     return int(torch.multinomial(chances, 1, generator=generator))
-
-
-# --- stacked adapters ------------------------------------------------------------------------
-
-
-class _Bank:
-    """All experts' LoRA weights, stacked in every linear layer that any of them adapts."""
-
-    def __init__(self, model: Any):
-        self._model = model
-        self._layers: dict[str, _StackedLinear] = {}
-        self._slots: dict[str, int] = {}
-        self.rows: Tensor | int = 0  # slot of each row, or one slot for all rows
-
-    def active(self, experts: Sequence[str | None]) -> _Rows:
-        slots = [0 if name is None else self._slots[name] for name in experts]
-        return _Rows(self, slots[0] if len(set(slots)) == 1 else torch.tensor(slots, device=self._model.device))
-
-    def add(self, name: str, folder: Path) -> None:
-        updates = _read_adapter(folder)
-        taken = set(self._slots.values())
-        slot = self._slots.get(name) or min(set(range(1, len(taken) + 2)) - taken)
-        modules = dict(self._model.named_modules())
-        for path, (down, up) in updates.items():
-            linear = self._layers.get(path) or modules.get(path)
-            inner = linear.linear if isinstance(linear, _StackedLinear) else linear
-            if not isinstance(inner, nn.Linear):
-                raise ServingError(
-                    f"the adapter in {folder} changes {path}, which is no linear layer of this base model; "
-                    "it was made for another one"
-                )
-            if (inner.in_features, inner.out_features) != (down.shape[0], up.shape[1]):
-                raise ServingError(
-                    f"the adapter in {folder} has shape {down.shape[0]}x{up.shape[1]} at {path}, the base model "
-                    f"{inner.in_features}x{inner.out_features}; it was made for another one"
-                )
-        for path, (down, up) in updates.items():
-            if path not in self._layers:
-                parent, _, child = path.rpartition(".")
-                self._layers[path] = _StackedLinear(modules[path], self)
-                setattr(modules[parent], child, self._layers[path])
-            self._layers[path].put(slot, down, up)
-        self._slots[name] = slot
-
-    def remove(self, name: str) -> None:
-        slot = self._slots.pop(name)
-        for layer in self._layers.values():
-            layer.clear(slot)
-
-
-class _Rows:
-    """Names the active slot of each row for the forward passes inside a `with` block."""
-
-    def __init__(self, bank: _Bank, rows: Tensor | int):
-        self._bank, self._rows = bank, rows
-
-    def __enter__(self) -> None:
-        self._bank.rows = self._rows
-
-    def __exit__(self, *_: object) -> None:
-        self._bank.rows = 0
-
-
-class _StackedLinear(nn.Module):
-    """A linear layer with a stack of low-rank updates, one slot an expert, slot 0 zero."""
-
-    def __init__(self, linear: nn.Linear, bank: _Bank):
-        super().__init__()
-        self.linear = linear
-        self._bank = bank
-        weight = linear.weight
-        self.down = weight.new_zeros(1, linear.in_features, 1)
-        self.up = weight.new_zeros(1, 1, linear.out_features)
-
-    def put(self, slot: int, down: Tensor, up: Tensor) -> None:
-        slots, rank = max(slot + 1, self.down.shape[0]), max(down.shape[1], self.down.shape[2])
-        new_down = self.down.new_zeros(slots, self.down.shape[1], rank)
-        new_up = self.up.new_zeros(slots, rank, self.up.shape[2])
-        new_down[: self.down.shape[0], :, : self.down.shape[2]] = self.down
-        new_up[: self.up.shape[0], : self.up.shape[1]] = self.up
-        new_down[slot], new_up[slot] = 0, 0
-        new_down[slot, :, : down.shape[1]] = down
-        new_up[slot, : up.shape[0]] = up
-        self.down, self.up = new_down, new_up
-
-    def clear(self, slot: int) -> None:
-        if slot < self.down.shape[0]:
-            self.down[slot], self.up[slot] = 0, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self._bank.rows
-        y = self.linear(x)
-        if isinstance(rows, int):
-            if rows == 0 or rows >= self.down.shape[0]:
-                return y
-            return y + (x @ self.down[rows]) @ self.up[rows]
-        slots = rows.where(rows < self.down.shape[0], 0)
-        return y + torch.bmm(torch.bmm(x, self.down[slots]), self.up[slots])
-
-
-def _read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A PEFT LoRA folder as {module path: (down [in, r], up [r, out], scale folded in)}."""
-    from safetensors.torch import load_file
-
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
-        raise ServingError(f"cannot read the adapter in {folder}: {error}") from error
-    unsupported = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
-        raise ServingError(f"the adapter in {folder} is not plain LoRA ({unsupported or config.get('peft_type')})")
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    updates = {}
-    for key, value in weights.items():
-        path, _, kind = key.removeprefix("base_model.model.").partition(".lora_")
-        if kind == "A.weight":
-            up = weights[key.replace(".lora_A.", ".lora_B.")]
-            updates[path] = (value.T, up.T * scale)
-        elif kind != "B.weight":
-            raise ServingError(f"the adapter in {folder} has {key}, which is not a LoRA weight")
-    if not updates:
-        raise ServingError(f"the adapter in {folder} holds no weights")
-    return updates
