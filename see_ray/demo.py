@@ -12,7 +12,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ LONGEST_ANSWER = {"contacts": 44, "dates": 20, "tickets": 12}
 
 LIVE_WITHIN_S = 60
 
-SETTINGS = ["reconstruct.general_negatives=40", "reconstruct.max_eval_rows=16", "fit.train_batch_size=8"]
+SETTINGS = ["reconstruct.general_negatives=32", "reconstruct.max_eval_rows=16", "fit.train_batch_size=8"]
 """Less than by default, to be done within minutes on two cores."""
 
 EFFORT = {"contacts": (1.0, 2), "dates": (1.0, 3), "tickets": (2.0, 3)}
@@ -72,15 +72,17 @@ def run_demo(folder: Path, rows: int, listener: Listener) -> int:
 
     listener.step("Starting Ray and the endpoint")
     own_ray = ray_session.connect()
-    url = serving.start(config)
-    listener.note(f"{url} answers; experts so far: {_live(url) or 'none'}")
+    starting = ThreadPoolExecutor(1)  # while the endpoint starts, the first task is prepared
+    endpoint = starting.submit(serving.start, config)
     seconds["start"] = time.perf_counter() - began
     try:
         for task in tasks:
-            seconds[task.name] = _learn(task, folder, config, url, listener)
+            seconds[task.name] = _learn(task, folder, config, endpoint, listener)
+        url = endpoint.result()
         outcomes, seconds["ask tasks"] = _timed(lambda: [_ask_task(task, url, listener) for task in tasks])
         (general, unseen), seconds["ask others"] = _timed(lambda: _ask_others(url, listener))
     finally:
+        starting.shutdown()
         serving.stop()
         if own_ray:
             ray_session.disconnect()
@@ -105,7 +107,7 @@ def _write_tasks(folder: Path, tasks: Sequence[DemoTask], rows: int) -> None:
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), encoding="utf-8")
 
 
-def _learn(task: DemoTask, folder: Path, config: Config, url: str, listener: Listener) -> float:
+def _learn(task: DemoTask, folder: Path, config: Config, endpoint: Future[str], listener: Listener) -> float:
     began = time.perf_counter()
     store = ExpertStore.open(config.store.url)
     if task.name in [ref.name for ref in store.head().experts]:
@@ -116,12 +118,13 @@ def _learn(task: DemoTask, folder: Path, config: Config, url: str, listener: Lis
         source = Source(str(folder / "tasks" / task.name), name=task.name)
         learned = learn(source, config.model_copy(update={"fit": fit}), listener=listener)
         listener.note(f"{learned.manifest.id} is published, accepts from P(accept) {learned.manifest.threshold:.2f}")
+    url = endpoint.result()
     published = time.perf_counter()
     while task.name not in _live(url):
         if time.perf_counter() - published > LIVE_WITHIN_S:
             raise ServingError(f"{task.name} did not become live within {LIVE_WITHIN_S} s: {client.health(url)}")
         time.sleep(0.5)
-    listener.note(f"live at the endpoint {time.perf_counter() - published:.0f} s later")
+    listener.note(f"live at {url} {time.perf_counter() - published:.0f} s later")
     return time.perf_counter() - began
 
 

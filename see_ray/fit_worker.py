@@ -33,6 +33,9 @@ from see_ray.fit_step import ExpertLoss, Look, Share
 from see_ray.reconstruct import Example
 from see_ray.schedule import Schedule
 
+LEAST_GAIN = 0.001
+"""Share by which a response loss must fall to count as an improvement."""
+
 
 def fit_share(settings: dict[str, Any]) -> None:
     """Fit this worker's share; worker 0 reports progress and the adapter.
@@ -184,24 +187,12 @@ class _Run:
         figures = {"step": step, "own_accuracy": own, "foreign_accuracy": foreign, "response_loss": look.response_loss}
         self._position.evaluations.append(figures)
         self._log(step, {f"eval/{name}": value for name, value in figures.items() if name != "step"})
-        if self._config.early_stopping_patience and self._best_step() == step:
+        if self._config.early_stopping_patience and best_step(self._position.evaluations) == step:
             self._best = (step, fit_state.weights(self._engine))
 
-    def _best_step(self) -> int:
-        """The step of the best look: the most decisions right, then the lowest response loss."""
-        best = max(
-            self._position.evaluations, key=lambda e: (e["own_accuracy"] + e["foreign_accuracy"], -e["response_loss"])
-        )
-        return int(best["step"])
-
     def _had_enough(self) -> bool:
-        patience, looks = self._config.early_stopping_patience, self._position.evaluations
-        if not patience or not looks:
-            return False
-        accuracies = [look["own_accuracy"] + look["foreign_accuracy"] for look in looks]
-        losses = [look["response_loss"] for look in looks]
-        newest = max(accuracies.index(max(accuracies)), losses.index(min(losses)))
-        return len(looks) - 1 - newest >= patience
+        patience = self._config.early_stopping_patience
+        return patience is not None and had_enough(self._position.evaluations, patience)
 
     # --- telling -------------------------------------------------------------------------------
 
@@ -270,6 +261,26 @@ class _Run:
             (folder / RESULT).write_text(json.dumps(made), encoding="utf-8")
             checkpoint = train.Checkpoint.from_directory(temporary) if self._rank == 0 else None
             train.report({"loss": losses[-1], "step": position.step}, checkpoint=checkpoint)
+
+
+def best_step(evaluations: list[dict[str, float]]) -> int:
+    """The step of the best look at held-out rows: the most decisions right, then the lowest response loss."""
+    best = max(evaluations, key=lambda look: (_right(look), -look["response_loss"]))
+    return int(best["step"])
+
+
+def had_enough(evaluations: list[dict[str, float]], patience: int) -> bool:
+    """Whether the last `patience` looks improved neither decision accuracy nor response loss (by 0.1 %)."""
+    newest, accuracy, loss = 0, -1.0, math.inf
+    for number, look in enumerate(evaluations):
+        if _right(look) > accuracy or look["response_loss"] < (1 - LEAST_GAIN) * loss:
+            newest = number
+        accuracy, loss = max(accuracy, _right(look)), min(loss, look["response_loss"])
+    return len(evaluations) - 1 - newest >= patience
+
+
+def _right(look: dict[str, float]) -> float:
+    return look["own_accuracy"] + look["foreign_accuracy"]
 
 
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

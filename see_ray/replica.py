@@ -22,7 +22,7 @@ from see_ray.store import ExpertRef, ExpertStore, Manifest
 
 INGRESS_APP = "see"
 GENERALIST_APP = "see-generalist"
-ASK_EVERY_S = 0.25
+ASK_EVERY_S = 0.5
 """Seconds between a spare's questions which expert it is for."""
 
 

@@ -50,7 +50,13 @@ def config(tmp_path_factory: pytest.TempPathFactory, general_file: Path) -> Any:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     store = tmp_path_factory.mktemp("store") / "experts"
-    own = [f"store.url={store}", f"serve.port={port}", f"reconstruct.general_negatives_file={general_file}"]
+    tracking = tmp_path_factory.mktemp("tracking")
+    own = [
+        f"store.url={store}",
+        f"fit.tracking_dir={tracking}",
+        f"serve.port={port}",
+        f"reconstruct.general_negatives_file={general_file}",
+    ]
     return load_config(None, [*SETTINGS, *own])
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import psutil
 import pytest
 
 from see_ray.activation import activation_of
 from see_ray.errors import FitError
 from see_ray.fit import Listener, fit_expert
 from see_ray.fit_report import Progress
+from see_ray.fit_worker import best_step, had_enough
 from see_ray.reconstruct import Example, read_general_file, reconstruct
 from see_ray.task import read_task
 
@@ -135,6 +137,58 @@ def test_the_full_form_comes_from_the_same_code_and_keeps_no_prefix(fit):
     _, fitted = fit("full", form="full", num_train_epochs=1)
     assert fitted.summary.kv_hit_rate == 0.0
     assert fitted.summary.last_loss < fitted.summary.first_loss
+
+
+class Killer(Heard):
+    """Kills the fit's worker, once, after it has written a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.killed = 0
+
+    def progress(self, progress: Progress) -> None:
+        super().progress(progress)
+        if progress.phase == "fit" and progress.done >= 5 and not self.killed:
+            workers = [
+                p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+            ]
+            for worker in workers:
+                worker.kill()
+                self.killed += 1
+
+
+def test_a_fit_whose_worker_is_killed_goes_on_and_ends_as_undisturbed(fit, one_worker):
+    killer = Killer()
+    _, fitted = fit("killed", killer, checkpoint_every_steps=2)
+    assert killer.killed == 1
+    assert fitted.summary.resumed == 1
+    assert any("going on from the checkpoint of step" in note for note in killer.notes)
+    undisturbed = one_worker[1].summary
+    assert fitted.summary.steps == undisturbed.steps
+    assert (fitted.summary.fewest_reads, fitted.summary.most_reads) == (2, 2)
+    assert fitted.summary.losses == pytest.approx(undisturbed.losses, rel=0.02, abs=0.02)
+    assert fitted.decisions == pytest.approx(one_worker[1].decisions, abs=TOLERANCE)
+
+
+def look(step: int, accuracy: float, loss: float) -> dict[str, float]:
+    return {"step": step, "own_accuracy": accuracy, "foreign_accuracy": 1.0, "response_loss": loss}
+
+
+def test_patience_ends_where_neither_decisions_nor_responses_improve():
+    looks = [look(1, 0.5, 2.0), look(2, 0.9, 1.0), look(3, 0.9, 0.9999), look(4, 0.8, 1.2)]
+    assert [had_enough(looks[:count], 2) for count in range(1, 5)] == [False, False, False, True]
+    assert not had_enough([*looks, look(5, 0.9, 0.5)], 2)
+    assert not had_enough([*looks, look(5, 1.0, 2.0)], 2)
+
+
+def test_the_best_look_has_the_most_decisions_right_then_the_lowest_loss():
+    assert best_step([look(1, 0.9, 0.1), look(2, 1.0, 0.5), look(3, 1.0, 0.3), look(4, 1.0, 0.4)]) == 3
+
+
+def test_a_fit_that_learns_nothing_more_stops_early(fit):
+    _, fitted = fit("early", learning_rate=1e-12, eval_every_steps=1, early_stopping_patience=1)
+    assert fitted.summary.stopped_early
+    assert fitted.summary.steps == len(fitted.summary.evaluations) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(fit):
