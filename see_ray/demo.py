@@ -27,7 +27,10 @@ from see_ray.learn import Listener, Source, learn
 from see_ray.store import ExpertStore
 
 EVAL_ROWS = 16
-TEST_ROWS = 20
+TEST_ROWS = 16
+OTHERS = 24
+"""General questions, and half as many queries of an unseen task, that are asked."""
+
 LONGEST_ANSWER = {"contacts": 44, "dates": 20, "tickets": 12}
 """Tokens of an answer to each task; the right ones are shorter, and a longer one cannot be right."""
 
@@ -36,7 +39,7 @@ LIVE_WITHIN_S = 60
 SETTINGS = ["reconstruct.general_negatives=32", "reconstruct.max_eval_rows=16", "fit.train_batch_size=8"]
 """Less than by default, to be done within minutes on two cores."""
 
-EFFORT = {"contacts": (1.0, 2), "dates": (1.0, 3), "tickets": (2.0, 3)}
+EFFORT = {"contacts": (1.0, 2), "dates": (1.0, 3), "tickets": (1.75, 3)}
 """Times the rows asked for, and epochs, of each task: the shorter its answers, the less each row
 costs and the less it teaches."""
 
@@ -174,7 +177,10 @@ def _ask_others(url: str, listener: Listener) -> tuple[float, float]:
         told = partial(listener.progress, title)
         return client.route_all(url, prompts, on_done=told).count(GENERALIST) / len(prompts)
 
-    return to_generalist(general_questions(), "general questions"), to_generalist(unseen_queries(), "unseen task")
+    return (
+        to_generalist(general_questions()[:OTHERS], "general questions"),
+        to_generalist(unseen_queries()[: OTHERS // 2], "unseen task"),
+    )
 
 
 # --- the end -----------------------------------------------------------------------------------
