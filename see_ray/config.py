@@ -160,6 +160,14 @@ class FitConfig(Section):
     """Where a running fit keeps its checkpoints and result: a folder or object storage (`s3://…`, `gs://…`)
     that all nodes reach; unset: the cache folder, which is enough on one node."""
 
+    @field_validator("num_workers")
+    @classmethod
+    def _workers_in_order(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        least, most = (value, value) if isinstance(value, int) else value
+        if least < 1 or most < least:
+            raise ValueError("expected a number from 1 up, or least and most of them, such as [2, 8]")
+        return value
+
 
 class ReconstructConfig(Section):
     """From a task to accept and pass examples (SEE, arXiv 2504.06664)."""

@@ -104,6 +104,7 @@ class _Run:
         self._checkpoints = Checkpoints(settings["storage"], settings["fit"])
         self._position = Position(reads=[0] * len(self._examples))
         self._best: tuple[int, dict[str, Tensor]] | None = None
+        self._newest_look: Look | None = None  # at the adapter as it stands
         self._own = [example.target[0] == self._activation.accept for example in self._held_out]
 
     def run(self) -> None:
@@ -129,6 +130,7 @@ class _Run:
                 position.reads[row] += 1
                 position.tokens += len(self._examples[row].prompt) + len(self._examples[row].target)
             self._report_step(number)
+            self._newest_look = None
             if number % (self._config.eval_every_steps or self._schedule.steps_per_epoch) == 0:
                 self._look()
                 stopped = self._had_enough()
@@ -139,7 +141,8 @@ class _Run:
         self._position.seconds = before + time.perf_counter() - started
         if stopped and self._best is not None:
             fit_state.set_weights(self._engine, self._best[1])
-        look = self._share.look(self._report)
+            self._newest_look = None
+        look = self._newest_look or self._share.look(self._report)
         self._finish(look, stopped, setup)
 
     # --- going on ----------------------------------------------------------------------------
@@ -181,7 +184,7 @@ class _Run:
     # --- held-out rows -------------------------------------------------------------------------
 
     def _look(self) -> None:
-        look = self._share.look(self._report)
+        look = self._newest_look = self._share.look(self._report)
         own, foreign = look.accuracy(self._own)
         step = self._position.step
         figures = {"step": step, "own_accuracy": own, "foreign_accuracy": foreign, "response_loss": look.response_loss}

@@ -312,3 +312,14 @@ def test_a_shipped_configuration_that_does_not_load_would_be_found(tmp_path):
     found = configurations(tmp_path)
     assert [path.name for path in found] == ["good.yaml", "wrong.yml"]
     assert list(failures(found)) == ["wrong.yml"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("3", 3), ("[2, 8]", (2, 8)), ("[1, 1]", (1, 1))])
+def test_workers_are_a_number_or_least_and_most(text, value):
+    assert load_config(None, [f"fit.num_workers={text}"]).fit.num_workers == value
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "[0, 2]", "[3, 2]", "[1, 2, 3]", "many"])
+def test_no_workers_are_refused(text):
+    with pytest.raises(ConfigError, match="num_workers"):
+        load_config(None, [f"fit.num_workers={text}"])

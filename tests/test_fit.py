@@ -196,6 +196,24 @@ def test_a_loss_that_is_not_finite_stops_the_fit(fit):
         fit("nan", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0)
 
 
+def test_out_of_memory_says_what_is_needed_and_which_settings_change_it(config, ray_here, made):
+    import ray
+
+    from see_ray.fit_worker import _out_of_memory
+
+    activation, reconstruction = made
+    settings = {
+        "base_config": config.base_model.model_dump(mode="json"),
+        "activation": activation,
+        "examples": ray.put(reconstruction.train),
+    }
+    message = _out_of_memory(MemoryError("no room for 9 GB"), settings, config.fit)
+    assert "no room for 9 GB" in message
+    assert "about 0.5 GB for the base model" in message
+    for setting in ("fit.pass_tokens (now 16384)", "fit.kv_store_gb (now 4)", "fit.zero_stage=3"):
+        assert setting in message
+
+
 def test_a_target_module_that_does_not_exist_is_named(base, config):
     from see_ray.base_model import load_model
     from see_ray.fit_worker import with_adapter
