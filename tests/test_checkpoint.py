@@ -82,7 +82,6 @@ def test_a_half_written_one_is_none(checkpoints, tmp_path):
     assert checkpoints.steps() == [4]
 
 
-@pytest.mark.slow
 def test_a_full_disk_leaves_the_one_before(tmp_path):
     """On a file system of its own, 1 MB large; needs the right to mount one."""
     import subprocess

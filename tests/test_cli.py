@@ -560,10 +560,10 @@ class Letters:
 def prepared(prompt: str) -> Prepared:
     train = [Example(tuple(map(ord, prompt)), (ord("A"), ord("!")), "accept")] * 12
     train.append(Example(tuple(map(ord, "a general query>")), (ord("P"),), "general"))
-    made = Reconstruction(train, [], [], [])
+    made = Reconstruction(train, [], [], [], [])
     task: Any = Task("sa", (), (), ())
     base: Any = SimpleNamespace()
-    return Prepared(task, base, Letters(), Activation((ord(">"),), 1, ord("A"), ord("P")), made)
+    return Prepared(task, base, Letters(), Activation((ord(">"),), 1, ord("A"), ord("P")), made, frozenset())
 
 
 def test_a_dry_run_shows_the_loss_mask_of_every_kind_of_example(capsys):
@@ -584,9 +584,14 @@ def test_a_dry_run_has_colours_on_a_terminal():
 
 def test_a_summary_of_what_was_learned(store):
     manifest, sequence = store.experts()[0], store.head()
-    fit = FitSummary(60, 200, 9000, 30.0, 300.0, 2.0, 0.5, [], 0.5, 0.1, 1, 2, "bfloat16")
+    fit = FitSummary(
+        steps=60, examples=200, tokens=9000, seconds=30.0, setup_seconds=9.0, tokens_per_s=300.0, first_loss=2.0,
+        last_loss=0.5, losses=[], indicator_losses=[], response_losses=[], evaluations=[], fewest_reads=3,
+        most_reads=3, resumed=0, stopped_early=False, kv_store_gb=4.0, kv_hit_rate=0.5, padding_share=0.1,
+        memory_gb=1.5, workers=1, zero_stage=2, dtype="bfloat16",
+    )  # fmt: skip
     calibration = Calibration(0.625, 0.98, 0.0625, 0.283, 50, 16, {"general": 1})
-    text = terminal.learned_text(Learned(manifest, sequence, fit, calibration, {"prepare": 1.0, "fit": 30.5}))
+    text = terminal.learned_text(Learned(manifest, sequence, calibration, fit, {"prepare": 1.0, "fit": 30.5}))
     assert text.splitlines() == [
         "qa@1 is live in sequence version 2",
         "  threshold         0.6250",

@@ -123,7 +123,7 @@ def test_the_result_is_a_peft_folder(one_worker):
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "fit.json"}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_workers_fit_the_same_expert_as_one(fit, one_worker, stage):
     # Under ZeRO 3 every pass gathers the whole model; no more of them than are looked at here.
     _, fitted = fit(f"zero{stage}", num_workers=2, zero_stage=stage, eval_every_steps=1000)

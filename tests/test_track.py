@@ -41,7 +41,6 @@ def test_mlflow_gets_a_run_with_parameters_and_figures(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
     notes: list[str] = []
     with Tracker(tmp_path / "board", "sa-1", {"r": 16}, notes.append) as tracker:
         for step, figures in FIGURES:
