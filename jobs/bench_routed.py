@@ -39,7 +39,7 @@ def main(
 ) -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
-    config = load_config(None, [f"store.url={folder / 'experts'}", *settings])
+    config = load_config(None, [f"store.url={folder / 'experts'}", f"fit.tracking_dir={folder / 'runs'}", *settings])
     report: dict[str, dict[str, float]] = {}
     with TerminalListener() as listener:
         ray_session.connect()
