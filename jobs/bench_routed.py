@@ -31,11 +31,20 @@ from see_ray.terminal import TerminalListener, table
 @click.option("--foreign", default="", help="Tasks that no expert learns.")
 @click.option("--rows", default=200, show_default=True, help="Training rows of each task.")
 @click.option("--test-rows", default=50, show_default=True, help="Held-out rows of each task.")
+@click.option("--max-tokens", default=128, show_default=True, help="Longest answer.")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), required=True, help="Where experts are kept.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="A setting.")
 def main(
-    data: Path, tasks: str, foreign: str, rows: int, test_rows: int, folder: Path, out: Path | None, settings: list[str]
+    data: Path,
+    tasks: str,
+    foreign: str,
+    rows: int,
+    test_rows: int,
+    max_tokens: int,
+    folder: Path,
+    out: Path | None,
+    settings: list[str],
 ) -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -58,7 +67,7 @@ def main(
             prompts = [row.prompt[-1][1] for row in test]
             began = time.perf_counter()
             told = partial(listener.progress, name)
-            answers = client.ask_all(url, prompts, max_tokens=128, on_done=told)
+            answers = client.ask_all(url, prompts, max_tokens=max_tokens, on_done=told)
             seconds = time.perf_counter() - began
             owner = name if name in tasks.split(",") else GENERALIST
             scores = [
