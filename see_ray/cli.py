@@ -139,7 +139,7 @@ def learn(config: Config, replace: bool, dry_run: bool, **source: Any) -> None:
 
 
 @see.command()
-@click.option("--rows", type=click.IntRange(min=1), default=56, show_default=True, help="Training rows of each task.")
+@click.option("--rows", type=click.IntRange(min=1), default=50, show_default=True, help="Training rows of each task.")
 @click.option("--dir", "folder", metavar="PATH", default="see-demo", show_default=True, help="Where the demo works.")
 def demo(rows: int, folder: str) -> None:
     """Learn three small tasks, and ask the endpoint."""
