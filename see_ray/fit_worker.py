@@ -300,6 +300,7 @@ def _memory_gb() -> float:
 def _out_of_memory(error: BaseException, settings: dict[str, Any], config: FitConfig) -> str:
     """What ran out, an estimate of what is needed, and which settings change it."""
     import ray
+    from safetensors import safe_open
     from transformers import AutoConfig
 
     base_config = BaseModelConfig.model_validate(settings["base_config"])
@@ -312,7 +313,12 @@ def _out_of_memory(error: BaseException, settings: dict[str, Any], config: FitCo
     tokens = max(max(rests), min(config.pass_tokens, sum(sorted(rests)[-config.train_batch_size :])))
     inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
     per_token = shape.num_hidden_layers * (16 * shape.hidden_size + 4 * inner) * size + 12 * shape.vocab_size
-    weights = sum(path.stat().st_size for path in Path(base.folder).glob("*.safetensors"))
+    weights = size * sum(
+        math.prod(file.get_slice(name).get_shape())
+        for path in base.folder.glob("*.safetensors")
+        for file in [safe_open(path, "pt")]
+        for name in file.keys()  # noqa: SIM118, not a mapping
+    )
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return (
         f"out of memory: {reason}. One worker needs about {weights / 1e9:.1f} GB for the base model, up to "
