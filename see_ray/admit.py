@@ -22,6 +22,7 @@ from see_ray.base_model import BaseModel, find
 from see_ray.calibrate import Calibration, calibrate
 from see_ray.config import Config
 from see_ray.errors import SeeError
+from see_ray.ray_session import as_fit_worker
 from see_ray.reconstruct import Chat
 from see_ray.store import ExpertRef, ExpertStore
 from see_ray.store import Sequence as ExpertSequence
@@ -70,12 +71,8 @@ def decide(folder: Path, prompts: Sequence[list[int]], base: BaseModel, activati
         base, activation: what it was fitted on, and where it is activated.
         config: gives the resources: those of one fit worker.
     """
-    import ray
-
-    gpu = bool(ray.cluster_resources().get("GPU")) if config.fit.use_gpu == "auto" else config.fit.use_gpu
-    remote = ray.remote(_decide).options(num_cpus=config.fit.cpus_per_worker, num_gpus=int(gpu), max_retries=2)
     files = {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
-    return remote.remote(files, list(prompts), base.fingerprint, activation, config)
+    return as_fit_worker(_decide, config.fit).remote(files, list(prompts), base.fingerprint, activation, config)
 
 
 def _decide(

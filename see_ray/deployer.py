@@ -127,20 +127,28 @@ class Deployer:
     def _recover(self) -> None:
         """Learn from spares that were there before this replica which expert they took."""
         for app in [name for name in serve.status().applications if name.startswith(SPARE)]:
-            if found := (_about(app) or {}).get("expert"):
+            about = _about(app)
+            if about is None:  # it may have an expert and must not be given another
+                serve.delete(app, _blocking=False)
+            elif found := about["expert"]:
                 self._taken[app] = ExpertRef(name=found[0], version=found[1])
         self._recovered = True
 
     def _keep_spare(self) -> None:
-        free = [
-            (name, state)
-            for name, state in serve.status().applications.items()
-            if name.startswith(SPARE) and name not in self._taken and state.status != "DELETING"
-        ]
-        if not free:
+        states = self._spares(serve.status().applications)
+        # One that failed is not started anew: what failed it would fail the next one, every few seconds.
+        if all(status == "DELETING" for status in states.values()):
             name = f"{SPARE}{uuid.uuid4().hex[:6]}"
             _start([serve.RunTarget(replica_app(self._config, None, name), name=name, route_prefix=None)])
-        self._live = _with(self._live, spare=any(state.status == "RUNNING" for _, state in free))
+        self._live = _with(self._live, spare="RUNNING" in states.values())
+
+    def _spares(self, running: dict[str, Any]) -> dict[str, str]:
+        """Status of each spare that no expert has taken over."""
+        return {
+            name: state.status.value
+            for name, state in running.items()
+            if name.startswith(SPARE) and name not in self._taken
+        }
 
     def _adopt(self, head: Sequence, store: ExpertStore) -> None:
         running = serve.status().applications
@@ -150,7 +158,7 @@ class Deployer:
         taken = {ref.id: app for app, ref in self._taken.items() if app in running}
         apps = {ref.id: taken.get(ref.id) or app_name(ref) for ref in head.experts}
         missing = [ref for ref in head.experts if apps[ref.id] not in running]
-        spares = [app for app in running if app.startswith(SPARE) and app not in self._taken]
+        spares = [app for app, status in self._spares(running).items() if status in ("RUNNING", "DEPLOYING")]
         for ref in missing[: len(spares)] if len(missing) <= len(spares) else []:  # all at once start as fast as one
             apps[ref.id] = spares.pop()
             self._taken[apps[ref.id]] = ref
@@ -190,7 +198,7 @@ class Deployer:
                     if about.get("error"):
                         failed[ref.id] = about["error"]
                     else:
-                        waiting |= about.get("expert") is None
+                        waiting |= about.get("expert") != (ref.name, ref.version)
                 else:
                     waiting |= status in ("NOT_STARTED", "DEPLOYING")
             if not waiting:

@@ -33,6 +33,7 @@ from see_ray.checkpoint import Checkpoints
 from see_ray.config import BaseModelConfig, FitConfig
 from see_ray.errors import FitError, SeeError
 from see_ray.fit_report import RESULT, FitSummary, Progress
+from see_ray.ray_session import with_gpu
 from see_ray.reconstruct import Example
 
 CHANGES_NOTHING = frozenset({
@@ -90,7 +91,7 @@ def fit_expert(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    gpu = bool(ray.cluster_resources().get("GPU")) if config.use_gpu == "auto" else config.use_gpu
+    gpu = with_gpu(config)
     board = ray.remote(_Board).options(num_cpus=0).remote(config.max_failures)
     storage = config.storage_path or str(cache_dir(base_config) / "runs")
     fit = f"{name}-{_digest(examples, held_out, base, activation, config)[:12]}"

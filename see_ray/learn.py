@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from see_ray.config import Config
 from see_ray.errors import ConflictError, FingerprintError, SeeError
 from see_ray.fit import Fitted
 from see_ray.fit_report import FitSummary, Progress
+from see_ray.ray_session import as_fit_worker
 from see_ray.reconstruct import Chat, Reconstruction, general_cache, needed_general, read_general_file, reconstruct
 from see_ray.store import ExpertStore, Manifest
 from see_ray.store import Sequence as ExpertSequence
@@ -273,7 +273,7 @@ def _general_queries(base: BaseModel, config: Config, listener: Listener) -> lis
     import ray
 
     board = ray.remote(_Counter).options(num_cpus=0).remote()
-    pending = _remote(_sample_general, config).remote(config, needed, board)
+    pending = as_fit_worker(_sample_general, config.fit).remote(config, needed, board)
     while not ray.wait([pending], timeout=1)[0]:
         listener.progress("sampling", *ray.get(board.read.remote(), timeout=30))
     chats = _get(pending)
@@ -306,14 +306,6 @@ class _Counter:
 
     def read(self) -> tuple[int, int]:
         return self._now
-
-
-def _remote(work: Callable[..., Any], config: Config) -> Any:
-    """A function as a Ray remote function with the resources of one fit worker."""
-    import ray
-
-    gpu = bool(ray.cluster_resources().get("GPU")) if config.fit.use_gpu == "auto" else config.fit.use_gpu
-    return ray.remote(work).options(num_cpus=config.fit.cpus_per_worker, num_gpus=int(gpu), max_retries=2)
 
 
 def _get(pending: Any) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
+from see_ray.config import FitConfig
 from see_ray.errors import ServingError
 
 WORKER_ENVIRONMENT = {
@@ -60,3 +62,17 @@ def connect() -> bool:
         where = os.environ.get("RAY_ADDRESS") or "this machine"
         raise ServingError(f"cannot connect to Ray on {where}: {str(error).splitlines()[0]}") from error
     return False
+
+
+def with_gpu(config: FitConfig) -> bool:
+    """Whether a fit's workers get a GPU each: as configured, else if the cluster has any."""
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU")) if config.use_gpu == "auto" else config.use_gpu
+
+
+def as_fit_worker(work: Callable[..., Any], config: FitConfig) -> Any:
+    """A function as a Ray remote function with the resources of one fit worker."""
+    import ray
+
+    return ray.remote(work).options(num_cpus=config.cpus_per_worker, num_gpus=int(with_gpu(config)), max_retries=2)

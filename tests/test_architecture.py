@@ -22,6 +22,7 @@ ORDER = [
     "",  # see_ray/__init__.py
     "errors",
     "config",
+    "ray_session",
     "object_store",
     "checkpoint",
     "base_model",
@@ -45,7 +46,6 @@ ORDER = [
     "admit",
     "chain",
     "api",
-    "ray_session",
     "replica",
     "deployer",
     "ingress",
@@ -59,7 +59,6 @@ ORDER = [
 ]
 
 IMPORTS_RAY = {
-    "admit",
     "fit",
     "fit_worker",
     "ray_session",
