@@ -10,12 +10,14 @@ decision in service is the arithmetic that was fitted. Which tokens belong to wh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -47,6 +49,21 @@ class Prefix:
         return Prefix(
             tuple((k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self.layers), self.lengths * rows
         )
+
+    def arrays(self) -> list[Any]:
+        """Its tensors as NumPy arrays, for another process; :meth:`of_arrays` makes a prefix of them again."""
+        tensors = [tensor.detach().cpu() for pair in self.layers for tensor in pair]
+        # NumPy has no bfloat16: the bytes travel.
+        return [t.contiguous().view(torch.int16 if t.element_size() == 2 else t.dtype).numpy() for t in tensors]
+
+    @staticmethod
+    def of_arrays(arrays: Sequence[Any], like: Tensor) -> Prefix:
+        """A single-row prefix of another process's arrays, of the number type and device of `like`; on the CPU
+        they are used where they stand. They are only read."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensors = [torch.from_numpy(array).view(like.dtype).to(like.device) for array in arrays]
+        return Prefix(tuple(zip(tensors[::2], tensors[1::2], strict=True)), (tensors[0].shape[2] if tensors else 0,))
 
     def cache(self) -> DynamicCache:
         """A cache that starts with this prefix. It appends by making new tensors."""
@@ -198,13 +215,19 @@ def _packed_attention(
 AttentionInterface.register(_PACKED, _packed_attention)
 
 
-def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    """Vocabulary logits of hidden states [..., hidden size]; in the model's own dtype.
+def logits_of(model: Any, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+    """Logits of hidden states [..., hidden size] over the vocabulary, or over some `tokens` of it; in the
+    model's own dtype.
 
     Covers the scalings that transformers' model families put around the output layer (Cohere's
     `logit_scale`, Granite's `logits_scaling`, Gemma's `final_logit_softcapping`).
     """
-    logits = model.get_output_embeddings()(hidden)
+    head = model.get_output_embeddings()
+    if tokens is None:
+        logits = head(hidden)
+    else:
+        chosen = list(tokens)
+        logits = linear(hidden, head.weight[chosen], None if head.bias is None else head.bias[chosen])
     config = model.config.get_text_config()
     if getattr(config, "logit_scale", None):
         logits = logits * config.logit_scale

@@ -11,7 +11,7 @@ import torch
 from see_ray.activation import encode_prompt
 from see_ray.base_model import load_model
 from see_ray.demo_tasks import general_questions
-from see_ray.engine.embedded import Draw, Expert
+from see_ray.engine.interface import Draw, Expert
 from see_ray.errors import ServingError
 from see_ray.store import ExpertStore
 
@@ -21,7 +21,16 @@ def ids(tokenizer, prompt: str) -> list[int]:
 
 
 async def answer(engine, prompt: list[int], expert: str | None, count: int = 12, draw: Draw | None = None) -> list[int]:
-    return [token async for token in engine.generate(prompt, expert, count, draw)]
+    return [token.id async for token in engine.generate(prompt, expert, count, draw)]
+
+
+def decide(engine, prompt: list[int], experts: list[str]) -> list[float]:
+    return asyncio.run(engine.decide(prompt, experts))
+
+
+def logits(engine, prompt: list[int], expert: str, adapted: bool = True) -> torch.Tensor:
+    loaded = engine._experts[expert]
+    return engine._logits(prompt, loaded, loaded.slot if adapted else 0)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,7 @@ def test_an_adapter_that_peft_cannot_activate_alike_is_plain_lora_to_it(config, 
 def test_decision_logits_are_those_of_pefts_alora_on_the_whole_text(engine, peft_upper, experts, contacts):
     indicators = list(experts.spare["upper"].indicator_tokens)
     for prompt in contacts:
-        ours = engine._next_logits(prompt, ["upper"])[0, indicators]
+        ours = logits(engine, prompt, "upper")[indicators]
         with torch.inference_mode():
             theirs = peft_upper(input_ids=torch.tensor([prompt])).logits[0, -1, indicators]
         assert torch.allclose(ours, theirs, atol=2e-3)
@@ -62,7 +71,7 @@ def test_decision_logits_are_those_of_pefts_alora_on_the_whole_text(engine, peft
 
 def test_the_base_model_alone_would_decide_otherwise(engine, experts, contacts):
     indicators = list(experts.spare["upper"].indicator_tokens)
-    base, adapted = (engine._next_logits(contacts[0], [name])[0, indicators] for name in (None, "upper"))
+    base, adapted = (logits(engine, contacts[0], "upper", adapted)[indicators] for adapted in (False, True))
     assert not torch.allclose(base, adapted, atol=1.0)
 
 
@@ -86,15 +95,15 @@ def test_the_generalist_answers_as_the_base_model_does(engine, base, config, tok
 def test_deciding_together_is_deciding_alone(engine, contacts):
     names = ["tickets", "dates", "upper"]
     for prompt in contacts:
-        together = engine.decide_now(prompt, names)
-        alone = [engine.decide_now(prompt, [name])[0] for name in names]
+        together = decide(engine, prompt, names)
+        alone = [decide(engine, prompt, [name])[0] for name in names]
         assert together == pytest.approx(alone, abs=1e-4)
 
 
 def test_deciding_in_batches_is_deciding_one_by_one(engine, tokenizer, mixed_queries):
     prompts = [ids(tokenizer, text) for text in mixed_queries[::17]]
-    one_by_one = [engine.decide_now(prompt, ["dates"])[0] for prompt in prompts]
-    assert engine.decide_batch(prompts, "dates", rows=4) == pytest.approx(one_by_one, abs=1e-4)
+    one_by_one = [decide(engine, prompt, ["dates"])[0] for prompt in prompts]
+    assert engine.decide_batch(prompts, "dates", most=400) == pytest.approx(one_by_one, abs=1e-4)
 
 
 def test_experts_know_their_own_from_what_they_were_shown(engine, tokenizer, tasks):
@@ -141,19 +150,137 @@ MIXED = [
 
 
 def test_answers_of_all_experts_are_written_together_and_as_each_alone(engine, tokenizer, monkeypatch):
-    steps: list[int] = []
-    real = engine._step
-    monkeypatch.setattr(engine, "_step", lambda batch: (steps.append(len(batch)), real(batch)))
+    passes: list[int] = []
+    real = engine._pass
+    monkeypatch.setattr(engine, "_pass", lambda reads, steps: (passes.append(len(steps)), real(reads, steps)))
     alone = [asyncio.run(answer(engine, ids(tokenizer, text), who, 12)) for text, who in MIXED]
-    taken_alone = len(steps)
-    steps.clear()
+    taken_alone = len(passes)
+    passes.clear()
 
     async def together() -> list[list[int]]:
         return await asyncio.gather(*(answer(engine, ids(tokenizer, text), who, 12) for text, who in MIXED))
 
     assert asyncio.run(together()) == alone
-    assert max(steps) == len([made for made in alone if len(made) > 1])
-    assert len(steps) < taken_alone
+    assert max(passes) == len([made for made in alone if made])
+    assert len(passes) < taken_alone
+
+
+def test_a_long_prompt_is_read_beside_an_answer_that_goes_on(engine, tokenizer, monkeypatch):
+    """In parts, with the same decision as at once."""
+    prompt = ids(tokenizer, "My parcel has not arrived. " * 40)
+    at_once = decide(engine, prompt, ["tickets"])
+    engine._prompts.trim()
+    monkeypatch.setattr(engine, "_pass_tokens", 48)
+    order: list[str] = []
+
+    async def write() -> None:
+        async for _ in engine.generate(ids(tokenizer, "Write a poem about rain."), None, 12):
+            order.append("token")
+
+    async def read() -> list[float]:
+        await asyncio.sleep(0.2)
+        decision = await engine.decide([*prompt[:3], 7, *prompt[4:]], ["tickets"])
+        order.append("decision")
+        return decision
+
+    async def both() -> list[float]:
+        return (await asyncio.gather(read(), write()))[0]
+
+    in_parts = asyncio.run(both())
+    engine._prompts._kept.clear()
+    monkeypatch.undo()
+    assert in_parts == pytest.approx(decide(engine, [*prompt[:3], 7, *prompt[4:]], ["tickets"]), abs=1e-4)
+    assert at_once != in_parts
+    assert order.index("decision") > 1
+
+
+def test_prompts_that_begin_alike_are_read_once(engine, tokenizer):
+    story = "Once upon a time there was a king who had three daughters. " * 4
+    first, second = (ids(tokenizer, story + end) for end in ("Who was the king?", "How many daughters were there?"))
+    decide(engine, first, ["dates"])
+    before = engine.figures()
+    decide(engine, second, ["dates"])
+    after = engine.figures()
+    found = after["prefix_tokens_found"] - before["prefix_tokens_found"]
+    assert found >= len(ids(tokenizer, story)) - 8
+    assert after["tokens"] - before["tokens"] == len(second) - 1 - found + 2  # and a row: last token, indicator
+
+
+def test_an_answer_for_which_there_is_no_room_waits(engine, tokenizer, monkeypatch):
+    from see_ray.engine.slots import SlotPool
+
+    prompt = ids(tokenizer, "Write a poem about rain.")
+    alone = asyncio.run(answer(engine, prompt, None, 20))
+    monkeypatch.setattr(engine, "_pool", SlotPool(512))  # two slots of 256 tokens
+    most: list[int] = []
+    real = engine._pass
+    monkeypatch.setattr(engine, "_pass", lambda reads, steps: (most.append(len(steps)), real(reads, steps)))
+
+    async def five() -> list[list[int]]:
+        return await asyncio.gather(*(answer(engine, prompt, None, 20) for _ in range(5)))
+
+    assert asyncio.run(five()) == [alone] * 5
+    assert max(most) == 2
+
+
+def test_an_answer_that_can_never_have_room_is_refused_with_the_setting(engine, tokenizer, monkeypatch):
+    from see_ray.engine.slots import SlotPool
+
+    monkeypatch.setattr(engine, "_pool", SlotPool(512))
+    with pytest.raises(ServingError, match="kv_gb"):
+        asyncio.run(answer(engine, ids(tokenizer, "Write a poem."), None, 600))
+
+
+def test_logprobs_are_those_of_the_model(engine, base, config, tokenizer):
+    prompt = ids(tokenizer, "What is the capital of France?")
+
+    async def first():
+        async for token in engine.generate(prompt, None, 1, Draw(logprobs=3)):
+            return token
+
+    token = asyncio.run(first())
+    with torch.inference_mode():
+        plain = load_model(base, config.base_model)(input_ids=torch.tensor([prompt])).logits[0, -1]
+    expected = plain.log_softmax(-1)
+    assert token.logprob == pytest.approx(float(expected[token.id]), abs=1e-3)
+    assert [number for number, _ in token.top] == expected.topk(3).indices.tolist()
+
+
+def test_experts_that_come_and_go_do_not_stop_an_answer(engine, experts, config, tokenizer):
+    from see_ray.replica import activation_of_manifest
+
+    manifest = experts.live[0]
+    folder = ExpertStore.open(config.store.url).fetch(manifest.ref, Path("unused"))
+    engine.load(Expert("passing", folder, activation_of_manifest(manifest)))
+    prompt = ids(tokenizer, "My parcel has not arrived.")
+    whole = asyncio.run(answer(engine, prompt, "passing", 12))
+
+    async def leave() -> list[int]:
+        made = []
+        async for token in engine.generate(prompt, "passing", 12):
+            made.append(token.id)
+            if len(made) == 1:
+                await asyncio.to_thread(engine.unload, "passing")
+                again = Expert("passing", folder, activation_of_manifest(manifest))
+                await asyncio.to_thread(engine.load, again)
+        return made
+
+    try:
+        assert asyncio.run(leave()) == whole
+        assert not engine._leaving or (asyncio.run(answer(engine, prompt, None, 2)) and not engine._leaving)
+    finally:
+        engine.unload("passing")
+
+
+def test_what_another_engine_has_read_is_gone_on_from(engine, tokenizer, monkeypatch):
+    prompt = ids(tokenizer, "My parcel has not arrived, and nobody answers my letters.")
+    arrays = asyncio.run(engine.read(prompt))
+    alone = decide(engine, prompt, ["tickets"])
+    engine._prompts._kept.clear()
+    engine.adopt(prompt, arrays)
+    before = engine.figures()["tokens"]
+    assert decide(engine, prompt, ["tickets"]) == pytest.approx(alone, abs=1e-5)
+    assert engine.figures()["tokens"] - before == 2  # last token and indicator
 
 
 def test_an_answer_that_is_given_up_leaves(engine, tokenizer):
@@ -162,7 +289,7 @@ def test_an_answer_that_is_given_up_leaves(engine, tokenizer):
         await anext(stream)
         await stream.aclose()
         for _ in range(100):
-            if not engine._writing:
+            if not engine._answers:
                 return
             await asyncio.sleep(0.1)
         raise AssertionError("it is still being written")
@@ -179,10 +306,11 @@ def test_an_answer_longer_than_its_first_room_is_as_transformers_writes_it(engin
 
 
 def test_kept_prefixes_are_bounded(engine, tokenizer, monkeypatch):
-    monkeypatch.setattr(engine, "_room", 100)
+    monkeypatch.setattr(engine._prompts, "room", 100)
     for number in range(8):
-        engine.decide_now(ids(tokenizer, f"Question number {number}"), ["dates"])
-        assert sum(len(key) for _, key in engine._prefixes) <= 100
+        decide(engine, ids(tokenizer, f"Question number {number}"), ["dates"])
+        kept = list(engine._prompts)
+        assert sum(prompt.size for prompt in kept[:-1]) <= 100
 
 
 def test_a_full_form_expert_reads_the_whole_prompt_by_itself(engine, experts, config, base, tokenizer):
@@ -201,7 +329,7 @@ def test_a_full_form_expert_reads_the_whole_prompt_by_itself(engine, experts, co
         plain = PeftModel.from_pretrained(load_model(base, config.base_model), folder).eval()
         with torch.inference_mode():
             theirs = plain(input_ids=torch.tensor([prompt])).logits[0, -1]
-        assert torch.allclose(engine._next_logits(prompt, ["everywhere"])[0], theirs, atol=5e-3)
+        assert torch.allclose(logits(engine, prompt, "everywhere"), theirs, atol=5e-3)
     finally:
         engine.unload("everywhere")
 
@@ -237,4 +365,4 @@ def test_an_adapter_for_another_model_is_refused(engine, config, experts, tmp_pa
 
 def test_an_unknown_expert_is_an_error_not_the_base_model(engine, contacts):
     with pytest.raises(ServingError, match="no expert nobody"):
-        engine.decide_now(contacts[0], ["nobody"])
+        decide(engine, contacts[0], ["nobody"])

@@ -7,6 +7,7 @@ import pytest
 
 from see_ray.base_model import find, load_tokenizer
 from see_ray.config import BaseModelConfig
+from see_ray.engine.interface import Token
 from see_ray.engine.text import Piece, pieces
 
 MULTIBYTE = "Grüße 日本語のテスト 👩‍👩‍👧‍👦 🎉🏳️‍🌈 naïve Ελλάδα नमस्ते 𝔘𝔫𝔦"
@@ -30,7 +31,7 @@ class Ids:
         try:
             for token in self.ids:
                 self.taken += 1
-                yield token
+                yield Token(token)
             if self.fail:
                 raise RuntimeError("the engine broke")
         finally:
@@ -262,3 +263,8 @@ async def test_an_engine_that_breaks_breaks_the_answer_behind_what_it_gave(token
     assert [await anext(reading), await anext(reading)] == [Piece("a", 1), Piece("b", 2)]
     with pytest.raises(RuntimeError, match="the engine broke"):
         await anext(reading)
+
+
+async def test_every_token_is_handed_on_once_with_the_pieces(tokenizer):
+    ids = letters(tokenizer, MULTIBYTE)
+    assert [token.id for piece in await collect(tokenizer, ids) for token in piece.chosen] == ids

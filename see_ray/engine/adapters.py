@@ -1,13 +1,15 @@
-"""LoRA weights of many experts in one base model, each row of a forward pass with its own.
+"""LoRA weights of many experts in one base model, each token of a forward pass with its own.
 
-They are stacked ([experts, in, r] and [experts, r, out]) in every linear layer that any of them adapts; each row
-of a forward pass names the slot that applies to it. Slot 0 is all zeros: the generalist.
+They are stacked ([slots, in, r] and [slots, r, out]) in every linear layer that any of them adapts; each token
+of a pass names the slot that applies to it. Slot 0 is nobody's: the base model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from see_ray.errors import ServingError
+
+ALONE = 32
+"""Tokens of one expert in a pass from which it is computed by itself rather than padded with the others."""
+
+SPARSE = 2
+"""A stretch of slots is read whole where it has at most this many times the slots that are wanted; else those are
+copied out of it."""
 
 
 class AdapterBank:
@@ -24,23 +33,35 @@ class AdapterBank:
         self._model = model
         self._layers: dict[str, _StackedLinear] = {}
         self._slots: dict[str, int] = {}
-        self.rows: Tensor | int = 0  # slot of each row, or one slot for all rows
+        self._room = 1
+        self.use: _Use | None = None
 
-    def active(self, experts: Sequence[str | None]) -> _Rows:
-        slots = [0 if name is None else self._slots[name] for name in experts]
-        return _Rows(self, slots[0] if len(set(slots)) == 1 else torch.tensor(slots, device=self._model.device))
+    def slot(self, name: str | None) -> int:
+        """An expert's slot; None is the base model's."""
+        return 0 if name is None else self._slots[name]
+
+    @contextmanager
+    def applied(self, slots: Sequence[int]) -> Iterator[None]:
+        """The forward pass inside applies to each of its tokens the adapter in that slot."""
+        self.use = _Use.of(slots, self._model.device)
+        try:
+            yield
+        finally:
+            self.use = None
 
     def add(self, name: str, folder: Path) -> None:
-        updates = _read_adapter(folder)
-        taken = set(self._slots.values())
-        slot = self._slots.get(name) or min(set(range(1, len(taken) + 2)) - taken)
-        modules = dict(self._model.named_modules())
+        """Read an expert's PEFT folder, in the place of one of the same name.
+
+        Raises:
+            ServingError: it does not fit this base model, or is no plain LoRA.
+        """
+        updates = read_adapter(folder)
+        linear = linear_layers(self._model)
         for path, (down, up) in updates.items():
-            linear = self._layers.get(path) or modules.get(path)
-            inner = linear.linear if isinstance(linear, _StackedLinear) else linear
-            if not isinstance(inner, nn.Linear):
+            inner = linear.get(path)
+            if inner is None:
                 raise ServingError(
-                    f"the adapter in {folder} changes {path}, which is no linear layer of this base model; "
+                    f"the adapter in {folder} changes {path}, which is no hidden linear layer of this base model; "
                     "it was made for another one"
                 )
             if (inner.in_features, inner.out_features) != (down.shape[0], up.shape[1]):
@@ -48,31 +69,67 @@ class AdapterBank:
                     f"the adapter in {folder} has shape {down.shape[0]}x{up.shape[1]} at {path}, the base model "
                     f"{inner.in_features}x{inner.out_features}; it was made for another one"
                 )
-        for path, (down, up) in updates.items():
-            if path not in self._layers:
-                parent, _, child = path.rpartition(".")
-                self._layers[path] = _StackedLinear(modules[path], self)
-                setattr(modules[parent], child, self._layers[path])
-            self._layers[path].put(slot, down, up)
+        slot = self._slots.get(name) or min(set(range(1, len(self._slots) + 2)) - set(self._slots.values()))
+        while self._room <= slot:
+            self._room *= 2
+        for path in updates.keys() - self._layers.keys():
+            parent, _, child = path.rpartition(".")
+            self._layers[path] = _StackedLinear(linear[path], self)
+            setattr(self._model.get_submodule(parent), child, self._layers[path])
+        for path, layer in self._layers.items():
+            layer.put(slot, updates.get(path), self._room)
         self._slots[name] = slot
 
     def remove(self, name: str) -> None:
+        """Forget an expert; its slot is free."""
         slot = self._slots.pop(name)
         for layer in self._layers.values():
-            layer.clear(slot)
+            layer.put(slot, None, self._room)
 
 
-class _Rows:
-    """Names the active slot of each row for the forward passes inside a `with` block."""
+@dataclass(frozen=True)
+class _Use:
+    """Which tokens of a pass have which adapter.
 
-    def __init__(self, bank: AdapterBank, rows: Tensor | int):
-        self._bank, self._rows = bank, rows
+    Attributes:
+        alone: (slot, its tokens) of experts with many tokens.
+        slots: of the others, either a stretch of them or their numbers.
+        tokens: [slots, most tokens of one], padded with 0.
+        real: the places of `tokens`, flattened, that are not padding; None if all are.
+        flat: the tokens at these places.
+    """
 
-    def __enter__(self) -> None:
-        self._bank.rows = self._rows
+    alone: tuple[tuple[int, Tensor], ...]
+    slots: slice | Tensor | None
+    tokens: Tensor
+    real: Tensor | None
+    flat: Tensor
 
-    def __exit__(self, *_: object) -> None:
-        self._bank.rows = 0
+    @staticmethod
+    def of(slots: Sequence[int], device: Any) -> _Use | None:
+        of_slot: dict[int, list[int]] = {}
+        for token, slot in enumerate(slots):
+            if slot:
+                of_slot.setdefault(slot, []).append(token)
+        if not of_slot:
+            return None
+        none = torch.empty(0, dtype=torch.long, device=device)
+        alone = tuple(
+            (slot, torch.tensor(tokens, device=device)) for slot, tokens in of_slot.items() if len(tokens) > ALONE
+        )
+        few = {slot: of_slot[slot] for slot in sorted(of_slot) if len(of_slot[slot]) <= ALONE}
+        if not few:
+            return _Use(alone, None, none, None, none)
+        first, last = min(few), max(few) + 1
+        stretch = last - first <= SPARSE * len(few)
+        chosen: slice | Tensor = slice(first, last) if stretch else torch.tensor([*few], device=device)
+        lines = [few.get(slot, []) for slot in (range(first, last) if stretch else few)]
+        width = max(map(len, lines))
+        table = torch.tensor([[*line, *[0] * (width - len(line))] for line in lines], device=device)
+        places = [row * width + column for row, line in enumerate(lines) for column in range(len(line))]
+        real = None if len(places) == table.numel() else torch.tensor(places, device=device)
+        flat = table.flatten() if real is None else table.flatten()[real]
+        return _Use(alone, chosen, table, real, flat)
 
 
 class _StackedLinear(nn.Module):
@@ -82,37 +139,51 @@ class _StackedLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self._bank = bank
-        weight = linear.weight
-        self.down = weight.new_zeros(1, linear.in_features, 1)
-        self.up = weight.new_zeros(1, 1, linear.out_features)
+        self.down = linear.weight.new_zeros(1, linear.in_features, 1)
+        self.up = linear.weight.new_zeros(1, 1, linear.out_features)
 
-    def put(self, slot: int, down: Tensor, up: Tensor) -> None:
-        slots, rank = max(slot + 1, self.down.shape[0]), max(down.shape[1], self.down.shape[2])
-        new_down = self.down.new_zeros(slots, self.down.shape[1], rank)
-        new_up = self.up.new_zeros(slots, rank, self.up.shape[2])
-        new_down[: self.down.shape[0], :, : self.down.shape[2]] = self.down
-        new_up[: self.up.shape[0], : self.up.shape[1]] = self.up
-        new_down[slot], new_up[slot] = 0, 0
-        new_down[slot, :, : down.shape[1]] = down
-        new_up[slot, : up.shape[0]] = up
-        self.down, self.up = new_down, new_up
-
-    def clear(self, slot: int) -> None:
-        if slot < self.down.shape[0]:
-            self.down[slot], self.up[slot] = 0, 0
+    def put(self, slot: int, update: tuple[Tensor, Tensor] | None, room: int) -> None:
+        """Set a slot to an update (None clears it), making room for that many slots."""
+        rank = max(self.down.shape[2], update[0].shape[1] if update else 1)
+        if (room, rank) != (self.down.shape[0], self.down.shape[2]):
+            down, up = self.down, self.up
+            self.down = down.new_zeros(room, down.shape[1], rank)
+            self.up = up.new_zeros(room, rank, up.shape[2])
+            self.down[: down.shape[0], :, : down.shape[2]] = down
+            self.up[: up.shape[0], : up.shape[1]] = up
+        self.down[slot], self.up[slot] = 0, 0
+        if update:
+            self.down[slot, :, : update[0].shape[1]] = update[0]
+            self.up[slot, : update[1].shape[0]] = update[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self._bank.rows
-        y = self.linear(x)
-        if isinstance(rows, int):
-            if rows == 0 or rows >= self.down.shape[0]:
-                return y
-            return y + (x @ self.down[rows]) @ self.up[rows]
-        slots = rows.where(rows < self.down.shape[0], 0)
-        return y + torch.bmm(torch.bmm(x, self.down[slots]), self.up[slots])
+        y: Tensor = self.linear(x)
+        use = self._bank.use
+        if use is None:
+            return y
+        inputs, outputs = x.flatten(0, -2), y.flatten(0, -2)
+        for slot, tokens in use.alone:
+            outputs.index_add_(0, tokens, (inputs[tokens] @ self.down[slot]) @ self.up[slot])
+        if use.slots is not None:
+            update = torch.bmm(torch.bmm(inputs[use.tokens], self.down[use.slots]), self.up[use.slots]).flatten(0, 1)
+            outputs.index_add_(0, use.flat, update if use.real is None else update[use.real])
+        return y
 
 
-def _read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def linear_layers(model: Any) -> dict[str, nn.Linear]:
+    """The linear layers that an adapter may change, by path: all but the output layer."""
+    layers: dict[str, nn.Linear] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, _StackedLinear):
+            layers[path] = module.linear
+    inside = set(map(id, layers.values()))
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings() and id(module) not in inside:
+            layers[path] = module
+    return layers
+
+
+def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """A PEFT LoRA folder as {module path: (down [in, r], up [r, out], scale folded in)}."""
     from safetensors.torch import load_file
 

@@ -1,149 +1,213 @@
 """The embedded engine: decisions and answers on transformers and PyTorch, in this process.
 
-It holds the base model once and any number of experts beside it (`engine.adapters`). A prompt's
-prefix is read once and kept for a while, so that a decision, the winner's answer and the
-generalist's all continue from the same keys and values.
+It holds the base model once and any number of experts beside it (`engine.adapters`). Requests share forward
+passes (`engine.passes`): each pass reads on in prompts that have arrived, lets all experts that are asked
+decide where a prompt ends, and takes one more token of every answer in progress, whoever gives it. A request
+joins between two passes; one that is finished or given up leaves. No token of a prompt is read twice: decision,
+answer and generalist go on from the same keys and values (`engine.prompts`), and answers are written in slots
+of bounded memory (`engine.slots`).
 
-Answers are written together: each step takes one token of every answer in progress, whoever gives
-it, in one forward pass. A new answer joins between two steps; one that is finished or given up
-leaves. PyTorch runs on one worker thread, one forward pass at a time. The engine knows token ids
-only; text is `engine.text`'s business.
+PyTorch runs on one worker thread, one pass at a time. The engine knows token ids only; text is `engine.text`'s
+business.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from see_ray.activation import Activation, p_accept
+from see_ray.activation import p_accept
 from see_ray.base_model import BaseModel, load_model
 from see_ray.config import BaseModelConfig
 from see_ray.engine.adapters import AdapterBank
+from see_ray.engine.answers import Answer, Loaded
+from see_ray.engine.interface import Draw, Expert, Token
+from see_ray.engine.passes import Branch, Read, Step, run
+from see_ray.engine.prompts import Prompt, PromptStore, Row
+from see_ray.engine.slots import SlotPool, bytes_per_token, of_tokens
 from see_ray.errors import ServingError
-from see_ray.prefix import Prefix, forward, logits_of, prefill
+from see_ray.prefix import Prefix, logits_of, packs
 
 T = TypeVar("T")
 
-STEP_ROWS = 32
-"""Answers that one step goes on with at most; the others take the next turn."""
+STEP_ROWS = 64
+"""Answers that one pass goes on with at most; the others take the next turn."""
 
-ROOM = 64
-"""Tokens by which an answer's memory for keys and values grows."""
+FEED_AT_MOST = 16
+"""Experts that are asked at once up to which each also reads its accept indicator: the answer's first token is
+then known with the decision, for less than what a pass of its own would cost."""
 
-
-@dataclass(frozen=True)
-class Expert:
-    """An expert as the engine needs it: its PEFT folder and where it is activated."""
-
-    name: str
-    folder: Path
-    activation: Activation
-
-
-@dataclass(frozen=True)
-class Draw:
-    """How the next token is chosen. `temperature` 0 takes the most likely one."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
+SHORT = 32
+"""Tokens of a prompt that are not worth a part in a pass, if the rest does not fit."""
 
 
 class EmbeddedEngine:
-    """Base model, experts, and a bounded store of prefixes.
+    """Base model, experts, prompts that were read, and answers in progress.
 
     Args:
         base: the base model to load.
         config: its settings (dtype).
         device: `cpu` or a CUDA device; None takes a GPU if there is one.
-        prefix_tokens: prefixes of at most this many tokens in all are kept; the last one always is.
+        prefix_tokens: prompts of at most this many tokens in all are kept; the last one always is.
+        kv_gb: gigabytes for keys and values of answers in progress; those that do not fit wait.
+        pass_tokens: most tokens of a pass; a longer prompt is read in several, so that answers in progress
+            do not stand still meanwhile.
+        told: hears of prompt tokens that were found read (`hit`) or not (`miss`), and of the answers that a pass
+            goes on with (`rows`).
+
+    Raises:
+        ServingError: the model's attention cannot be run packed.
     """
 
     def __init__(
-        self, base: BaseModel, config: BaseModelConfig, *, device: str | None = None, prefix_tokens: int = 8192
+        self,
+        base: BaseModel,
+        config: BaseModelConfig,
+        *,
+        device: str | None = None,
+        prefix_tokens: int = 8192,
+        kv_gb: float = 4.0,
+        pass_tokens: int = 512,
+        told: Callable[[str, float], None] = lambda what, value: None,
     ):
         self.model = load_model(base, config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not packs(self.model):
+            raise ServingError(
+                f"{base.name} does not take transformers' attention interface, which the embedded engine needs"
+            )
         eos = self.model.generation_config.eos_token_id
         self.eos = frozenset([eos] if isinstance(eos, int) else eos or [])
         self._bank = AdapterBank(self.model)
-        self._experts: dict[str, Expert] = {}
-        self._prefixes: OrderedDict[tuple[str | None, tuple[int, ...]], Prefix] = OrderedDict()
-        self._room = prefix_tokens
-        self._writing: list[_Answer] = []
-        self._writer: asyncio.Task[None] | None = None
+        self._experts: dict[str, Loaded] = {}
+        self._leaving: list[Loaded] = []
+        self._prompts = PromptStore(prefix_tokens)
+        self._pass_tokens = pass_tokens
+        self._told = told
+        self._asks: list[_Ask] = []
+        self._begun: list[Answer] = []  # wait for a slot
+        self._answers: list[Answer] = []
+        self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._lock = threading.Lock()  # of what both the event loop's and the worker's thread change
+        self._like = self._on_thread(lambda: self._read_now([0], 0).layers)
+        self._pool = SlotPool(int(kv_gb * 1e9 / bytes_per_token(self._like)))
+        self._numbers = {"passes": 0, "tokens": 0, "answers": 0}
 
     # --- experts ---------------------------------------------------------------------------
 
     def load(self, expert: Expert) -> None:
-        """Add an expert.
+        """Add an expert, in the place of one of the same name. Requests go on meanwhile.
 
         Raises:
             ServingError: its adapter does not fit the base model, or changes nothing. Either
                 would make the base model answer in the expert's name.
         """
-        self._bank.add(expert.name, expert.folder)
-        self._experts[expert.name] = expert
-        probe = [*expert.activation.generation_prompt] * 2
-        if torch.equal(self._next_logits(probe, [None]), self._next_logits(probe, [expert.name])):
-            self.unload(expert.name)
+        loaded = Loaded(expert)
+        self._on_thread(lambda: self._add(loaded))
+        with self._lock:
+            self._part_from(expert.name)
+            self._experts[expert.name] = loaded
+
+    def _add(self, loaded: Loaded) -> None:
+        expert, probe = loaded.expert, list(loaded.expert.activation.generation_prompt) * 2
+        self._bank.add(loaded.key, expert.folder)
+        loaded.slot = self._bank.slot(loaded.key)
+        if torch.equal(self._logits(probe, loaded, 0), self._logits(probe, loaded, loaded.slot)):
+            self._bank.remove(loaded.key)
             raise ServingError(
-                f"the adapter of {expert.name} in {expert.folder} changes nothing: "
-                "all its updates are zero; fit it again"
+                f"the adapter of {expert.name} in {expert.folder} changes nothing: all its updates are zero; "
+                "fit it again"
             )
 
     def unload(self, name: str) -> None:
-        """Forget an expert."""
-        del self._experts[name]
-        self._bank.remove(name)
-        for key in [key for key in self._prefixes if key[0] == name]:
-            del self._prefixes[key]
+        """Forget an expert; answers that it has begun are finished."""
+        self._expert(name)
+        with self._lock:
+            self._part_from(name)
+            gone = self._take_leave()
+        self._on_thread(lambda: self._clear(gone))
+
+    def _part_from(self, name: str) -> None:
+        if name in self._experts:
+            self._leaving.append(self._experts.pop(name))
+            self._prompts.forget(name)
+
+    def _take_leave(self) -> list[Loaded]:
+        """Experts that have left and whose last answer has ended; under the lock."""
+        busy = {answer.expert for answer in (*self._begun, *self._answers)}
+        gone = [loaded for loaded in self._leaving if loaded not in busy]
+        for loaded in gone:
+            loaded.gone = True
+            self._leaving.remove(loaded)
+        return gone
+
+    def _clear(self, gone: Sequence[Loaded]) -> None:
+        for loaded in gone:
+            self._bank.remove(loaded.key)
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts that it holds."""
+        return list(self._experts)
+
+    def figures(self) -> dict[str, float]:
+        """What the engine does, for metrics: counts since its start, and how things are now."""
+        return {
+            **self._numbers,
+            "prefix_tokens_wanted": self._prompts.wanted,
+            "prefix_tokens_found": self._prompts.found,
+            "answering": len(self._answers),
+            "waiting": len(self._asks) + len(self._begun),
+            "kv_tokens_reserved": self._pool.reserved,
+            "kv_tokens": self._pool.tokens,
+        }
 
     # --- decisions and answers -----------------------------------------------------------
 
-    async def decide(self, prompt: Sequence[int], experts: Sequence[str]) -> list[float]:
-        """P(accept) of each named expert for one prompt (token ids)."""
-        return await self._run(lambda: self.decide_now(prompt, experts))
+    async def decide(self, prompt: Sequence[int], experts: Sequence[str], *, fallback: bool = False) -> list[float]:
+        """P(accept) of each named expert for one prompt (token ids), all in one batch.
 
-    def decide_now(self, prompt: Sequence[int], experts: Sequence[str]) -> list[float]:
-        """As :meth:`decide`, on the calling thread."""
-        decisions: dict[str, float] = {}
-        for group in self._grouped(experts):
-            logits = self._next_logits(prompt, group)
-            for name, row in zip(group, logits, strict=True):
-                decisions[name] = self._decision(name, row)
-        return [decisions[name] for name in experts]
+        Args:
+            prompt: token ids up to and including the generation prompt.
+            experts: who is asked.
+            fallback: make the generalist ready to answer, too.
+        """
+        loaded = [self._expert(name) for name in experts]
+        own = [self._ask(prompt, [one]) for one in loaded if one.full]
+        shared: list[Loaded | None] = [one for one in loaded if not one.full]
+        if shared or fallback:
+            own.append(self._ask(prompt, [*shared, None] if fallback else shared))
+        rows: dict[str | None, Row] = {}
+        for found in await asyncio.gather(*own):
+            rows |= found
+        return [float(rows[name].p_accept or 0) for name in experts]
 
-    def decide_batch(self, prompts: Sequence[Sequence[int]], expert: str, rows: int = 16) -> list[float]:
-        """P(accept) of one expert for many prompts, read in length-sorted batches."""
-        activation = self._expert(expert).activation
+    def decide_batch(self, prompts: Sequence[Sequence[int]], expert: str, most: int = 2048) -> list[float]:
+        """P(accept) of one expert for many prompts, `most` tokens a pass; not beside other requests."""
+        loaded = self._expert(expert)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         result = [0.0] * len(prompts)
-        for start in range(0, len(order), rows):
-            batch = order[start : start + rows]
-            splits = [activation.split(list(prompts[i])) for i in batch]
-            with torch.inference_mode():
-                before = prefill(self.model, [left for left, _ in splits])
-                with self._bank.active([expert] * len(batch)):
-                    hidden, _ = forward(self.model, before, [right for _, right in splits])
-                last = torch.tensor([len(right) - 1 for _, right in splits], device=hidden.device)
-                logits = logits_of(self.model, hidden[torch.arange(len(batch), device=hidden.device), last])
-            for i, row in zip(batch, logits, strict=True):
-                result[i] = self._decision(expert, row)
+        while order:
+            batch, tokens = [order.pop()], 0
+            while order and (tokens := tokens + len(prompts[batch[-1]])) + len(prompts[order[-1]]) <= most:
+                batch.append(order.pop())
+            reads = [self._whole(prompts[i], loaded, loaded.slot) for i in batch]
+            self._on_thread(lambda reads=reads: self._pass(reads, []))  # type: ignore[misc]
+            for i, read in zip(batch, reads, strict=True):
+                result[i] = self._decisions(read.branches[0], [loaded])[0]
         return result
 
     async def generate(
         self, prompt: Sequence[int], expert: str | None, max_tokens: int, draw: Draw | None = None
-    ) -> AsyncIterator[int]:
-        """Token ids of an answer, one by one; ends before an end-of-turn token.
+    ) -> AsyncIterator[Token]:
+        """Tokens of an answer, one by one; ends before an end-of-turn token.
 
         Args:
             prompt: token ids up to and including the generation prompt.
@@ -151,192 +215,285 @@ class EmbeddedEngine:
                 accept indicator, as it was fitted.
             max_tokens: most tokens to yield.
             draw: how tokens are chosen; greedy where None.
+
+        Raises:
+            ServingError: no such expert, or a longer answer than there is memory for.
         """
+        loaded = None if expert is None else self._expert(expert)
+        length = len(prompt) + 1 + max_tokens
+        if not self._pool.fits(length):
+            raise ServingError(
+                f"an answer of {max_tokens} tokens to a prompt of {len(prompt)} needs more memory for keys and values "
+                f"than there is ({self._pool.tokens} tokens); ask for fewer, or raise serve.kv_gb"
+            )
         draw = draw or Draw()
-        generator = torch.Generator()
-        if draw.temperature > 0:
-            generator.manual_seed(draw.seed) if draw.seed is not None else generator.seed()
-        answer = await self._run(lambda: self._start(prompt, expert, max_tokens, draw, generator))
-        answer.flush()
-        if not answer.over:
-            self._writing.append(answer)
-            if self._writer is None or self._writer.done():
-                self._writer = asyncio.get_running_loop().create_task(self._write())
+        answer = Answer(loaded, length, max_tokens, draw)
+        # The prompt is held from here on, so that what was read of it for the decision is there for the answer.
+        kept = self._prompts.get(tuple(prompt), loaded.name if loaded and loaded.full else None)
+        kept.users += 1
         try:
+            answer.row = (await self._ask(prompt, [loaded]))[expert]
+            answer.prompt = kept
+            with self._lock:
+                if loaded and loaded.gone:
+                    raise _left(loaded)
+                self._begun.append(answer)
+            self._wake()
             while (token := await answer.tokens.get()) is not None:
                 if isinstance(token, BaseException):
                     raise token
                 yield token
         finally:
             answer.over = True
+            kept.users -= 1
 
-    async def _write(self) -> None:
-        """Go on with all answers in progress, step by step, until there are none."""
-        while self._writing:
-            batch = self._writing[:STEP_ROWS]
+    async def read(self, prompt: Sequence[int]) -> list[Any]:
+        """Keys and values of a prompt as the base model reads it, as arrays for :meth:`adopt`."""
+        await self._ask(prompt, [None])
+        return self._prompts.get(tuple(prompt), None).prefix.arrays()
+
+    def adopt(self, prompt: Sequence[int], arrays: Sequence[Any]) -> None:
+        """Take over what another engine of the same base model has read of a prompt."""
+        if arrays:
+            self._prompts.put(tuple(prompt), None, Prefix.of_arrays(arrays, self._like[0][0]))
+
+    async def _ask(self, prompt: Sequence[int], who: Sequence[Loaded | None]) -> dict[str | None, Row]:
+        """Have somebody go on from a prompt; None is the generalist."""
+        owner = who[0].name if who and who[0] is not None and who[0].full else None
+        kept = self._prompts.get(tuple(prompt), owner)
+        self._told("hit", kept.prefix.lengths[0])
+        self._told("miss", kept.left)
+        kept.users += 1
+        ask = _Ask(kept, list(who), asyncio.get_running_loop().create_future())
+        try:
+            if ask.missing():
+                self._asks.append(ask)
+                self._wake()
+                await ask.done
+            if missing := ask.missing():
+                raise _left(missing[0])
+            return {name: kept.rows[name] for name in map(_name, who)}
+        finally:
+            ask.done.cancel()
+            kept.users -= 1
+
+    # --- passes ---------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.get_running_loop().create_task(self._work())
+
+    async def _work(self) -> None:
+        """Run passes as long as there is anything to do."""
+        while self._asks or self._begun or self._answers:
+            with self._lock:
+                turn = self._plan()
+            error: BaseException | None = None
             try:
-                await self._run(lambda batch=batch: self._step(batch))  # type: ignore[misc]
-            except Exception as error:
-                for answer in batch:
-                    answer.over = True
-                    answer.tokens.put_nowait(error)
-            # Those that had their turn go to the end.
-            rest = [*self._writing[len(batch) :], *batch]
-            for answer in batch:
-                answer.flush()
-            self._writing = [answer for answer in rest if not answer.over]
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._take, turn)
+            except Exception as raised:
+                error = raised
+            with self._lock:
+                self._settle(turn, error)
 
-    # --- forward passes, on the worker thread ---------------------------------------------------
+    def _plan(self) -> _Turn:
+        """What the next pass does."""
+        for ask in self._asks:
+            gone = [one for one in ask.who if one and self._experts.get(one.name) is not one]
+            if gone and not ask.done.done():
+                ask.done.set_exception(_left(gone[0]))
+        self._asks = [ask for ask in self._asks if not ask.done.done()]
+        turn = _Turn(self._begun, [answer for answer in self._answers if not answer.over][:STEP_ROWS])
+        turn.gone = self._take_leave()
+        room = self._pass_tokens - len(turn.answers)
+        begun: set[int] = set()
+        for ask in self._asks:
+            if room <= 0:
+                break
+            if id(ask.prompt) in begun:
+                continue  # two requests with one prompt: the second finds what the first has read
+            begun.add(id(ask.prompt))
+            left = ask.prompt.left
+            if left > room and room < min(SHORT, left) and (turn.reads or turn.answers):
+                break
+            ids = ask.prompt.ids[ask.prompt.prefix.lengths[0] :][: min(left, room)]
+            room -= len(ids)
+            branches: list[Branch] = []
+            if len(ids) == left:
+                missing = ask.missing()
+                who = missing[: max(room, SHORT)]
+                fed = len(missing) <= FEED_AT_MOST
+                for branch, members in self._branches(ask.prompt.ids, who, fed):
+                    branches.append(branch)
+                    turn.rows.append((ask.prompt, branch, members, fed))
+                    room -= len(branch.ids) * len(members)
+            owner = self._experts.get(ask.prompt.owner or "")
+            turn.reads.append(Read(ask.prompt.prefix, tuple(ids), owner.slot if owner else 0, tuple(branches)))
+            turn.asks.append(ask)
+        return turn
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    def _branches(
+        self, ids: tuple[int, ...], who: Sequence[Loaded | None], fed: bool
+    ) -> list[tuple[Branch, list[Loaded | None]]]:
+        """Rows that read the same tokens stand in one branch."""
+        groups: dict[tuple[int, tuple[int, ...]], list[Loaded | None]] = {}
+        for one in who:
+            adapted = one.adapted if one else 1
+            more = (one.expert.activation.accept,) if one and fed else ()
+            groups.setdefault((len(ids) - adapted, (*ids[-adapted:], *more)), []).append(one)
+        return [
+            (Branch(seen, row, tuple(one.slot if one else 0 for one in members)), members)
+            for (seen, row), members in groups.items()
+        ]
 
-    @torch.inference_mode()
-    def _next_logits(self, prompt: Sequence[int], experts: Sequence[str | None]) -> Tensor:
-        """Logits behind the prompt for each of some experts that share one prefix: [experts, vocabulary]."""
-        before, rest = self._split(prompt, experts[0])
-        with self._bank.active(experts):
-            hidden, _ = forward(self.model, before.repeat(len(experts)), [rest] * len(experts))
-        return logits_of(self.model, hidden[:, -1])
+    def _take(self, turn: _Turn) -> None:
+        """Begin answers for which there is a slot, then run the pass. On the worker thread."""
+        self._clear(turn.gone)
+        with torch.inference_mode():
+            for answer in turn.begun:
+                if not answer.over and not self._begin(answer):
+                    break
+            steps = [answer.step() for answer in turn.answers]
+            self._pass(turn.reads, steps)
+            if steps:
+                logits = logits_of(self.model, torch.stack([step.hidden for step in steps]))
+                for answer, row, best in zip(turn.answers, logits, logits.argmax(-1).tolist(), strict=True):
+                    answer.choose(row, best, self.eos)
+            for _, branch, members, _ in turn.rows:
+                turn.decisions.append(self._decisions(branch, members))
 
-    @torch.inference_mode()
-    def _start(
-        self, prompt: Sequence[int], expert: str | None, most: int, draw: Draw, generator: torch.Generator
-    ) -> _Answer:
-        """Read what is left of the prompt and choose the answer's first token."""
-        before, rest = self._split(prompt, expert)
-        if expert is not None:
-            rest = [*rest, self._expert(expert).activation.accept]
-        with self._bank.active([expert]):
-            hidden, cache = forward(self.model, before, [rest])
-        kv = torch.stack([kv[0] for layer in cache.layers for kv in (layer.keys, layer.values)])
-        answer = _Answer(expert, kv, kv.shape[2], most, draw, generator)
-        answer.choose(logits_of(self.model, hidden[0, -1]), self.eos)
-        return answer
-
-    @torch.inference_mode()
-    def _step(self, answers: list[_Answer]) -> None:
-        """One more token of each answer, in one forward pass."""
-        answers = [answer for answer in answers if not answer.over]
-        if not answers:
-            return
-        lengths = tuple(answer.length for answer in answers)
-        first = answers[0].kv
-        if len(answers) == 1:
-            both = first[:, None, :, : lengths[0]]
+    def _begin(self, answer: Answer) -> bool:
+        """Give an answer its slot, with prompt and row in it; False while there is no room."""
+        assert answer.prompt is not None
+        assert answer.row is not None
+        slot = self._pool.take(answer.length, self._like)
+        if slot is None:
+            return False
+        branch = answer.row.branch
+        if branch.seen:
+            slot.append(of_tokens(answer.prompt.prefix.layers, 0, branch.seen))
+        slot.append(branch.layers, answer.row.number)
+        answer.slot = slot
+        if answer.row.fed:
+            logits = logits_of(self.model, answer.row.last)
+            answer.choose(logits, int(logits.argmax()), self.eos)
         else:
-            both = first.new_zeros(first.shape[0], len(answers), first.shape[1], max(lengths), first.shape[3])
-            for row, answer in enumerate(answers):
-                both[:, row, :, : answer.length] = answer.kv[:, :, : answer.length]
-        prefix = Prefix(tuple((both[i], both[i + 1]) for i in range(0, both.shape[0], 2)), lengths)
-        with self._bank.active([answer.expert for answer in answers]):
-            hidden, cache = forward(self.model, prefix, [[answer.token] for answer in answers])
-        logits = logits_of(self.model, hidden[:, -1])
-        new = torch.stack([kv[:, :, -1] for layer in cache.layers for kv in (layer.keys, layer.values)])
-        for row, answer in enumerate(answers):
-            answer.append(new[:, row])
-            answer.choose(logits[row], self.eos)
+            assert answer.expert is not None
+            answer.token = answer.expert.expert.activation.accept
+        return True
 
-    def _split(self, prompt: Sequence[int], expert: str | None) -> tuple[Prefix, list[int]]:
-        """The kept prefix of a prompt and the tokens that follow it."""
-        tokens = self._expert(expert).activation.tokens if expert is not None else 1
-        if tokens is None:  # full form: the prefix is the expert's own
-            return self._prefix(expert, prompt), list(prompt[-1:])
-        # Any activation point is served by the prefix up to the last token, cut shorter.
-        before = self._prefix(None, prompt)
-        return before.cut(len(prompt) - tokens), list(prompt[-tokens:])
+    def _settle(self, turn: _Turn, error: BaseException | None) -> None:
+        """Hand on what a pass gave, and put away what has ended. On the event loop's thread."""
+        if error is not None:
+            for ask in turn.asks:
+                if not ask.done.done():
+                    ask.done.set_exception(error)
+            for answer in (*turn.answers, *turn.begun):
+                answer.fail(error)
+        else:
+            self._numbers["passes"] += 1
+            if turn.answers:
+                self._told("rows", len(turn.answers))
+            self._numbers["tokens"] += len(turn.answers) + sum(read.tokens for read in turn.reads)
+            for ask, read in zip(turn.asks, turn.reads, strict=True):
+                if read.prefix.lengths[0] > ask.prompt.prefix.lengths[0]:
+                    ask.prompt.prefix = read.prefix
+            for (prompt, branch, members, fed), decisions in zip(turn.rows, turn.decisions, strict=True):
+                for number, (one, p) in enumerate(zip(members, decisions, strict=True)):
+                    if one is None or self._experts.get(one.name) is one:
+                        row = Row(branch, number, None if one is None else p, fed or one is None)
+                        prompt.rows[_name(one)] = row
+            for ask in self._asks:
+                if not ask.done.done() and not ask.missing():
+                    ask.done.set_result(None)
+        begun = [answer for answer in self._begun if answer.slot is not None]
+        self._numbers["answers"] += len(begun)
+        # Those that had their turn go to the end.
+        self._answers = [*[answer for answer in self._answers if answer not in turn.answers], *turn.answers, *begun]
+        self._begun = [answer for answer in self._begun if answer.slot is None and not answer.over]
+        for answer in self._answers:
+            answer.flush()
+            if answer.over and answer.slot is not None:
+                self._pool.give_back(answer.slot)
+                answer.slot = None
+        self._answers = [answer for answer in self._answers if not answer.over]
+        self._prompts.trim()
 
-    def _prefix(self, owner: str | None, prompt: Sequence[int]) -> Prefix:
-        key = (owner, tuple(prompt[:-1]))
-        found = self._prefixes.get(key)
-        if found is None:
-            with self._bank.active([owner]):
-                found = prefill(self.model, [prompt[:-1]])
-            self._prefixes[key] = found
-            while len(self._prefixes) > 1 and sum(len(ids) for _, ids in self._prefixes) > self._room:
-                self._prefixes.popitem(last=False)
-        self._prefixes.move_to_end(key)
-        return found
+    @torch.inference_mode()
+    def _pass(self, reads: Sequence[Read], steps: Sequence[Step]) -> None:
+        if steps or any(read.tokens for read in reads):
+            run(self.model, self._bank, reads, steps)
 
-    def _grouped(self, experts: Sequence[str]) -> list[list[str]]:
-        """Experts that can share one forward pass: those activated at the same point."""
-        groups: dict[Any, list[str]] = {}
-        for name in experts:
-            tokens = self._expert(name).activation.tokens
-            groups.setdefault(tokens if tokens is not None else name, []).append(name)
-        return list(groups.values())
+    def _decisions(self, branch: Branch, members: Sequence[Loaded | None]) -> list[float]:
+        """P(accept) of each row; only the indicators' logits are computed."""
+        if all(one is None for one in members):
+            return [0.0] * len(members)
+        place = next(one.adapted for one in members if one) - 1  # of the prompt's last token
+        experts = [one.expert.activation if one else None for one in members]
+        pairs = sorted({token for a in experts if a for token in (a.accept, a.refuse)})
+        with torch.inference_mode():
+            logits = logits_of(self.model, branch.hidden[:, place], pairs).float().tolist()
+        return [
+            p_accept(row[pairs.index(a.accept)], row[pairs.index(a.refuse)]) if a else 0.0
+            for a, row in zip(experts, logits, strict=True)
+        ]
 
-    def _decision(self, name: str, logits: Tensor) -> float:
-        activation = self._expert(name).activation
-        return p_accept(float(logits[activation.accept]), float(logits[activation.refuse]))
+    def _read_now(self, ids: Sequence[int], adapter: int) -> Prefix:
+        read = Read(Prefix((), (0,)), tuple(ids), adapter)
+        self._pass([read], [])
+        return read.prefix
 
-    def _expert(self, name: str) -> Expert:
+    def _whole(self, prompt: Sequence[int], loaded: Loaded, slot: int) -> Read:
+        """A whole prompt with one expert going on from it."""
+        ids = tuple(prompt)
+        branch = Branch(len(ids) - loaded.adapted, ids[-loaded.adapted :], (slot,))
+        return Read(Prefix((), (0,)), ids[:-1], slot if loaded.full else 0, (branch,))
+
+    @torch.inference_mode()
+    def _logits(self, prompt: Sequence[int], loaded: Loaded, slot: int) -> Tensor:
+        """All logits behind a prompt, with the adapter in that slot where the expert is activated."""
+        read = self._whole(prompt, loaded, slot)
+        self._pass([read], [])
+        return logits_of(self.model, read.branches[0].hidden[0, -1])
+
+    def _on_thread(self, work: Callable[[], T]) -> T:
+        return self._thread.submit(work).result()
+
+    def _expert(self, name: str) -> Loaded:
         try:
             return self._experts[name]
         except KeyError:
             raise ServingError(f"this engine holds no expert {name}; it holds {sorted(self._experts)}") from None
 
 
-@dataclass
-class _Answer:
-    """An answer in progress.
-
-    Attributes:
-        expert: whose it is; None is the generalist's.
-        kv: keys and values so far, [2 x layers, heads, room, head size].
-        length: tokens of them.
-        left: tokens that it may still have.
-        token: chosen last, not yet read.
-        tokens: for whoever asked: token ids, then None, or an error.
-        over: finished, or given up.
-    """
-
-    expert: str | None
-    kv: Tensor
-    length: int
-    left: int
-    draw: Draw
-    generator: torch.Generator
-    token: int = -1
-    tokens: asyncio.Queue[int | BaseException | None] = field(default_factory=asyncio.Queue)
-    over: bool = False
-    _chosen: list[int | None] = field(default_factory=list)
-
-    def choose(self, logits: Tensor, eos: frozenset[int]) -> None:
-        """Take the next token, or end."""
-        self.token = _choose(logits, self.draw, self.generator) if self.left > 0 else -1
-        if self.left <= 0 or self.token in eos:
-            self._chosen.append(None)
-            self.over = True
-            return
-        self.left -= 1
-        self._chosen.append(self.token)
-        if self.left == 0:
-            self._chosen.append(None)
-            self.over = True
-
-    def flush(self) -> None:
-        """Hand on what was chosen; on the event loop's thread, where queues belong."""
-        for token in self._chosen:
-            self.tokens.put_nowait(token)
-        self._chosen.clear()
-
-    def append(self, new: Tensor) -> None:
-        """Add one token's keys and values, [2 x layers, heads, head size]."""
-        if self.length == self.kv.shape[2]:
-            grown = self.kv.new_zeros(*self.kv.shape[:2], self.length + ROOM, self.kv.shape[3])
-            grown[:, :, : self.length] = self.kv
-            self.kv = grown
-        self.kv[:, :, self.length] = new
-        self.length += 1
+def _name(one: Loaded | None) -> str | None:
+    return None if one is None else one.name
 
 
-def _choose(logits: Tensor, draw: Draw, generator: torch.Generator) -> int:
-    if draw.temperature == 0:
-        return int(logits.argmax())
-    chances = torch.softmax(logits.float().cpu() / draw.temperature, dim=-1)
-    if draw.top_p < 1:
-        ranked, order = chances.sort(descending=True)
-        ranked[ranked.cumsum(0) - ranked >= draw.top_p] = 0  # the first is always kept
-        chances = torch.zeros_like(chances).scatter(0, order, ranked)
-    return int(torch.multinomial(chances, 1, generator=generator))
+def _left(one: Loaded | None) -> ServingError:
+    return ServingError(f"the expert {_name(one)} left before it was done; ask again")
+
+
+@dataclass(eq=False)
+class _Ask:
+    """Somebody is to go on from a prompt."""
+
+    prompt: Prompt
+    who: list[Loaded | None]
+    done: asyncio.Future[None]
+
+    def missing(self) -> list[Loaded | None]:
+        return [one for one in self.who if _name(one) not in self.prompt.rows]
+
+
+@dataclass(eq=False)
+class _Turn:
+    """One pass: answers to begin before it, answers to go on with, prompts to read, and what came of them."""
+
+    begun: list[Answer]
+    answers: list[Answer]
+    reads: list[Read] = field(default_factory=list)
+    asks: list[_Ask] = field(default_factory=list)
+    rows: list[tuple[Prompt, Branch, list[Loaded | None], bool]] = field(default_factory=list)
+    decisions: list[list[float]] = field(default_factory=list)
+    gone: list[Loaded] = field(default_factory=list)

@@ -1,0 +1,298 @@
+"""One forward pass of the engine: tokens of many requests as one sequence.
+
+Three kinds of work share it, each token with the adapter that applies to it:
+
+    Read     some tokens of a prompt, over those that were read before
+    Branch   rows that go on from one place of a prompt, each with another adapter: N experts' decisions.
+             They attend to the prompt's keys and values where these stand; nothing is copied N times.
+    Step     one more token of an answer, over its slot
+
+All tokens go through the linear layers, where the time is spent, as one packed sequence; only attention,
+registered with transformers as a function of its own, sees them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from see_ray.engine.adapters import AdapterBank
+from see_ray.engine.slots import Shelf, Slot, joined
+from see_ray.errors import ServingError
+from see_ray.prefix import Prefix
+
+MOST_SCORES = 1 << 26
+"""Attention scores of branches that are held at the same time (256 MB in float32)."""
+
+_NAME = "see_ray_pass"
+
+
+@dataclass(eq=False)
+class Branch:
+    """Rows that see the first tokens of a prompt and then their own.
+
+    Attributes:
+        seen: tokens of the prompt that they see.
+        ids: the tokens of each row, the same for all.
+        adapters: the adapter slot of each row.
+        hidden: [rows, tokens, hidden size] after the pass.
+        layers: the tokens' (key, value) in each layer, [rows, heads, tokens, head size], after the pass.
+    """
+
+    seen: int
+    ids: tuple[int, ...]
+    adapters: tuple[int, ...]
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Read:
+    """Tokens of a prompt, over those read before.
+
+    Attributes:
+        past: one row's keys and values of what was read before.
+        ids: tokens to read now; may be empty if there are branches.
+        adapter: the adapter slot that applies to them.
+        branches: what goes on from here.
+        prefix: keys and values of both, after the pass.
+    """
+
+    past: Prefix
+    ids: tuple[int, ...]
+    adapter: int = 0
+    branches: tuple[Branch, ...] = ()
+    prefix: Prefix = field(default_factory=lambda: Prefix((), (0,)))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        return len(self.ids) + sum(len(branch.ids) * len(branch.adapters) for branch in self.branches)
+
+
+@dataclass(eq=False)
+class Step:
+    """One more token of an answer; its slot has grown by it after the pass.
+
+    Attributes:
+        token: to be read.
+        adapter: the adapter slot that applies to it.
+        slot: where the answer's keys and values are.
+        hidden: [hidden size] after the pass.
+    """
+
+    token: int
+    adapter: int
+    slot: Slot
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def run(model: Any, bank: AdapterBank, reads: Sequence[Read], steps: Sequence[Step]) -> None:
+    """Run one pass; what it gives stands in `reads` and `steps` afterwards."""
+    work = _Work(reads, steps, model.device)
+    decoder = model.get_decoder()
+    before = decoder.config._attn_implementation
+    decoder.config._attn_implementation = _NAME
+    try:
+        with bank.applied(work.adapters):
+            hidden = decoder(
+                input_ids=torch.tensor([work.ids], device=model.device),
+                position_ids=torch.tensor([work.positions], device=model.device),
+                # Already four-dimensional, so that transformers makes none of its own.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device),
+                use_cache=False,
+                work=work,
+            ).last_hidden_state[0]
+    finally:
+        decoder.config._attn_implementation = before
+    work.finish(hidden)
+
+
+class _Work:
+    """Where each packed token belongs."""
+
+    def __init__(self, reads: Sequence[Read], steps: Sequence[Step], device: Any):
+        self._reads, self._steps, self._device = reads, steps, device
+        self.ids = [step.token for step in steps]
+        self.positions = [step.slot.length for step in steps]
+        self.adapters = [step.adapter for step in steps]
+        self._made: list[list[tuple[Tensor, Tensor]]] = [[] for _ in reads]
+        for read in reads:
+            start = read.past.lengths[0]
+            self.ids += read.ids
+            self.positions += range(start, start + len(read.ids))
+            self.adapters += [read.adapter] * len(read.ids)
+            for branch in read.branches:
+                self.ids += branch.ids * len(branch.adapters)
+                self.positions += [*range(branch.seen, branch.seen + len(branch.ids))] * len(branch.adapters)
+                self.adapters += [slot for slot in branch.adapters for _ in branch.ids]
+        shelves: dict[int, list[int]] = {}
+        for number, step in enumerate(steps):
+            shelves.setdefault(id(step.slot.shelf), []).append(number)
+        self._groups = [_Group.of([steps[n].slot for n in numbers], numbers, device) for numbers in shelves.values()]
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """One layer's attention of all tokens; [heads, tokens, head size] in, [tokens, heads, head size] out."""
+        out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+        for group in self._groups:
+            group.attend(module.layer_idx, query, key, value, scale, window, out)
+        start = len(self._steps)
+        for read, made in zip(self._reads, self._made, strict=True):
+            stop = start + len(read.ids)
+            past = [read.past.layers[module.layer_idx]] if read.past.layers else None
+            if read.ids:
+                new = [(key[None, :, start:stop], value[None, :, start:stop])]
+                made += (layer := joined(past, new))
+                q = query[None, :, start:stop]
+                mask = _causal(len(read.ids), read.past.lengths[0], window, self._device)
+                out[start:stop] = sdpa_attention_forward(module, q, *layer[0], mask, scaling=scale)[0][0]
+            else:
+                made += past or []
+            for branch in read.branches:
+                start, stop = stop, stop + len(branch.ids) * len(branch.adapters)
+                rows, parts = len(branch.adapters), (query[:, start:stop], key[:, start:stop], value[:, start:stop])
+                q, k, v = (part.unflatten(1, (rows, len(branch.ids))).transpose(0, 1) for part in parts)
+                branch.layers.append((k.clone(), v.clone()))  # not views, which would keep the whole pass
+                seen = tuple(kept[0, :, : branch.seen] for kept in made[-1]) if made else None
+                out[start:stop] = _branch_attention(q, k, v, seen, scale, window).flatten(0, 1)
+            start = stop
+        return out
+
+    def finish(self, hidden: Tensor) -> None:
+        for number, step in enumerate(self._steps):
+            step.hidden = hidden[number]
+            step.slot.length += 1
+        start = len(self._steps)
+        for read, made in zip(self._reads, self._made, strict=True):
+            read.prefix = Prefix(tuple(made), (read.past.lengths[0] + len(read.ids),))
+            start += len(read.ids)
+            for branch in read.branches:
+                stop = start + len(branch.ids) * len(branch.adapters)
+                branch.hidden = hidden[start:stop].clone().unflatten(0, (len(branch.adapters), len(branch.ids)))
+                start = stop
+
+
+@dataclass
+class _Group:
+    """Steps whose slots are on one shelf: which packed tokens, in which rows, after how many tokens each."""
+
+    shelf: Shelf
+    tokens: Tensor
+    rows: Tensor
+    lengths: Tensor
+    first: int
+    last: int
+    longest: int
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(slots: Sequence[Slot], tokens: Iterable[int], device: Any) -> _Group:
+        rows, lengths = [slot.row for slot in slots], [slot.length for slot in slots]
+        return _Group(
+            slots[0].shelf,
+            torch.tensor([*tokens], device=device),
+            torch.tensor(rows, device=device),
+            torch.tensor(lengths, device=device),
+            min(rows),
+            max(rows) + 1,
+            max(lengths) + 1,
+        )
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, out: Tensor
+    ) -> None:
+        """Writes the keys and values into the slots, and into `out` what the tokens see."""
+        keys, values = self.shelf.layers[layer]
+        keys[self.rows, :, self.lengths] = key[:, self.tokens].transpose(0, 1)
+        values[self.rows, :, self.lengths] = value[:, self.tokens].transpose(0, 1)
+        # Rows between that take no step now are computed, too, on whatever stands there: cheaper than a copy.
+        among, rows, heads = self.rows - self.first, self.last - self.first, keys.shape[1]
+        q = query.new_zeros(rows, *query.shape[::2])
+        q[among] = query[:, self.tokens].transpose(0, 1)
+        # The heads that share keys stand as queries beside each other: nothing is repeated.
+        q = q.unflatten(1, (heads, -1))
+        k, v = (t[self.first : self.last, :, : self.longest] for t in (keys, values))
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=self._mask(window, rows, among), scale=scale)
+        out[self.tokens] = attended.flatten(1, 2)[among]
+
+    def _mask(self, window: int | None, rows: int, among: Tensor) -> Tensor:
+        """[rows, 1, 1, longest]"""
+        if window not in self._masks:
+            stop = self.lengths.new_ones(rows)
+            stop[among] = self.lengths + 1
+            place = torch.arange(self.longest, device=stop.device)[None, :]
+            seen = place < stop[:, None]
+            if window is not None:
+                seen &= place >= stop[:, None] - window
+            self._masks[window] = seen[:, None, None, :]
+        return self._masks[window]
+
+
+def _causal(new: int, past: int, window: int | None, device: Any) -> Tensor | None:
+    """[1, 1, new, past + new]; None where SDPA's own causal mask is the same."""
+    if past == 0 and (window is None or new <= window):
+        return None
+    distance = torch.arange(past, past + new, device=device)[:, None] - torch.arange(past + new, device=device)[None, :]
+    seen = distance >= 0
+    return (seen if window is None else seen & (distance < window))[None, None]
+
+
+def _branch_attention(
+    query: Tensor, key: Tensor, value: Tensor, seen: tuple[Tensor, ...] | None, scale: float, window: int | None
+) -> Tensor:
+    """Rows that attend to one prompt and to their own tokens; the two are merged by their log-sum-exp
+    (as cascade attention does), so that the prompt is one matrix product for all rows.
+
+    Args:
+        query: [rows, heads, tokens, head size].
+        key, value: [rows, key heads, tokens, head size], the rows' own.
+        seen: the prompt's (key, value), [key heads, prompt tokens, head size].
+
+    Returns:
+        [rows, tokens, heads, head size].
+    """
+    rows, heads, tokens, size = query.shape
+    shared = key.shape[1]
+    most = max(1, MOST_SCORES // max(1, heads * tokens * (seen[0].shape[1] if seen else 1)))
+    if rows > most:
+        parts = zip(query.split(most), key.split(most), value.split(most), strict=True)
+        return torch.cat([_branch_attention(*part, seen, scale, window) for part in parts])
+    q = query.reshape(rows, shared, heads // shared, tokens, size) * scale
+    place = torch.arange(tokens, device=query.device)
+    distance = place[:, None] - place[None, :]
+    visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    own = torch.einsum("rhgtd,rhsd->rhgts", q, key).float().masked_fill(~visible, float("-inf"))
+    of_own = torch.einsum("rhgts,rhsd->rhgtd", own.softmax(-1).to(value.dtype), value)
+    if seen is not None and seen[0].shape[1]:
+        length = seen[0].shape[1]
+        scores = torch.einsum("rhgtd,hpd->hrgtp", q, seen[0]).float()
+        if window is not None:
+            away = length + place[:, None] - torch.arange(length, device=query.device)[None, :]
+            scores = scores.masked_fill(away >= window, -1e30)
+        of_seen = torch.einsum("hrgtp,hpd->rhgtd", scores.softmax(-1).to(value.dtype), seen[1])
+        weight = torch.sigmoid(scores.logsumexp(-1).transpose(0, 1) - own.logsumexp(-1))[..., None].to(value.dtype)
+        of_own = of_seen * weight + of_own * (1 - weight)
+    return of_own.reshape(rows, heads, tokens, -1).transpose(1, 2)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *, work: _Work, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of a pass, as transformers calls it: tensors [1, heads, tokens, head size]."""
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown:
+        raise ServingError(f"the embedded engine does not know this model's attention ({', '.join(unknown)})")
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    return work.attend(module, query[0], key[0], value[0], scale, kwargs.get("sliding_window"))[None], None
+
+
+AttentionInterface.register(_NAME, _attention)
