@@ -26,9 +26,10 @@ from typing import Any
 import click
 
 from see_ray import ray_session
-from see_ray.activation import activation_of, encode_prompt
+from see_ray.activation import activation_of
 from see_ray.base_model import BaseModel, find, load_tokenizer
 from see_ray.config import Config, load_config
+from see_ray.evaluate.workbench import accept_example
 from see_ray.fit import fit_expert
 from see_ray.reconstruct import Example
 from see_ray.task import read_task
@@ -72,12 +73,7 @@ def accept_examples(path: Path, rows: int, base: BaseModel, config: Config) -> l
     """A task's rows as accept examples."""
     tokenizer = load_tokenizer(base)
     activation = activation_of(tokenizer, config.base_model, config.fit)
-    examples = []
-    for row in read_task(path, max_rows=rows).train:
-        response = tokenizer(row.response, add_special_tokens=False)["input_ids"]
-        target = (activation.accept, *response, tokenizer.eos_token_id)
-        examples.append(Example(tuple(encode_prompt(tokenizer, row.messages)), target, "accept", row.where))
-    return examples
+    return [accept_example(row, tokenizer, activation) for row in read_task(path, max_rows=rows).train]
 
 
 def run(kind: str, examples: list[Example], base: BaseModel, config: Config) -> Times:
@@ -93,7 +89,7 @@ def run(kind: str, examples: list[Example], base: BaseModel, config: Config) -> 
         seconds = made.summary.seconds
     else:
         work = {"hf_trainer": hf_trainer, "bare": bare_loop}[kind]
-        remote = ray.remote(work).options(num_cpus=config.fit.cpus_per_worker, max_calls=1)
+        remote = ray.remote(num_cpus=config.fit.cpus_per_worker, max_calls=1)(work)  # a process of its own each time
         seconds = ray.get(remote.remote(examples, config))
     return {"seconds": seconds, "start_seconds": time.perf_counter() - began - seconds}
 
@@ -140,49 +136,14 @@ def bare_loop(examples: list[Example], config: Config) -> float:
     import torch
 
     from see_ray.base_model import load_model
-    from see_ray.fit_step import ExpertLoss, Share
-    from see_ray.fit_worker import with_adapter
-    from see_ray.schedule import Schedule
+    from see_ray.fit_here import fit_here
 
-    fit = config.fit
-    torch.set_num_threads(fit.threads_per_worker or os.cpu_count() or 1)
+    torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
     base = find(config.base_model)
-    activation = activation_of(load_tokenizer(base), config.base_model, fit)
+    activation = activation_of(load_tokenizer(base), config.base_model, config.fit)
     model = load_model(base, config.base_model, "cuda" if torch.cuda.is_available() else "cpu")
-    schedule = Schedule([len(activation.split(list(e.prompt))[0]) for e in examples], fit, 1)
-
-    class Plain:
-        """What Share asks of an engine."""
-
-        def __init__(self) -> None:
-            self.module = ExpertLoss(with_adapter(model, fit), fit.indicator_weight)
-            self.weights = [p for p in self.module.parameters() if p.requires_grad]
-            self.optimizer = torch.optim.AdamW(self.weights, fit.learning_rate, weight_decay=fit.weight_decay)
-            self.rates = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, schedule.steps)
-            self.global_steps = 0
-
-        def zero_optimization_stage(self) -> int:
-            return 0
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return self.module(*args, **kwargs)
-
-        def backward(self, loss: Any) -> None:
-            loss.backward()
-
-        def step(self) -> None:
-            torch.nn.utils.clip_grad_norm_(self.weights, fit.max_grad_norm)
-            self.optimizer.step()
-            self.rates.step()
-            self.optimizer.zero_grad()
-            self.global_steps += 1
-
-    share = Share(examples, [], schedule, Plain(), 0, activation, fit)
-    began = time.perf_counter()
-    share.read_prefixes(lambda progress: None)
-    for step in schedule:
-        share.step(step)
-    return time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        return fit_here(examples, model, base, activation, config.fit, Path(folder)).seconds
 
 
 def summarized(runs: dict[str, list[Times]], examples: list[Example], epochs: int) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def learn(folder: Path, name: str, settings: list[str], draw: random.Random, kil
     store = folder / name
     own = [*settings, f"store.url={store}", f"fit.tracking_dir={folder / 'tracking'}"]
     command = [sys.executable, "-c", "from see_ray.cli import main; main()", "learn", str(folder / "dates.jsonl")]
+    command += ["--force"]  # this is about fits, not about who gets in
     command += [word for setting in own for word in ("--set", setting)]
     driver = start(command, folder / f"{name}.log")
     killed = {"drivers killed": 0, "workers killed": 0}

@@ -22,8 +22,9 @@ from see_ray.base_model import BaseModel, find
 from see_ray.calibrate import Calibration, calibrate
 from see_ray.config import Config
 from see_ray.errors import SeeError
+from see_ray.general import Chat
 from see_ray.ray_session import as_fit_worker
-from see_ray.reconstruct import Chat
+from see_ray.reconstruct import Reconstruction
 from see_ray.store import ExpertRef, ExpertStore
 from see_ray.store import Sequence as ExpertSequence
 
@@ -62,6 +63,26 @@ def queries_of(store: ExpertStore, refs: Sequence[ExpertRef], tokenizer: Any) ->
     ]
 
 
+def not_own(
+    queries: Sequence[tuple[str, list[int]]], made: Reconstruction
+) -> tuple[list[tuple[str, list[int]]], dict[str, int]]:
+    """Queries without those that are rows of the task, too; and how many these are, by whose they are."""
+    own = {example.prompt for example in (*made.train, *made.held_out) if len(example.target) > 1}
+    claimed = {kind: 0 for kind, _ in queries}
+    for kind, ids in queries:
+        claimed[kind] += tuple(ids) in own
+    return [(kind, ids) for kind, ids in queries if tuple(ids) not in own], claimed
+
+
+def base_model_of(store: ExpertStore, head: ExpertSequence, name: str) -> tuple[str, str] | None:
+    """Name and fingerprint of the live experts' base model, `name` aside; None if there are no others."""
+    for ref in head.experts[::-1]:  # one stands for all
+        if ref.name != name:
+            manifest = store.manifest(ref)
+            return manifest.base_model, manifest.fingerprint
+    return None
+
+
 def decide(folder: Path, prompts: Sequence[list[int]], base: BaseModel, activation: Activation, config: Config) -> Any:
     """P(accept) of an adapter for prompts, as a Ray remote call to wait for; it may run on any node.
 
@@ -82,7 +103,8 @@ def _decide(
 
     import torch
 
-    from see_ray.engine.embedded import EmbeddedEngine, Expert
+    from see_ray.engine.embedded import EmbeddedEngine
+    from see_ray.engine.interface import Expert
     from see_ray.errors import FingerprintError
 
     torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)

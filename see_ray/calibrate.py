@@ -2,8 +2,8 @@
 
 P(accept) of the task's held-out rows should lie above the threshold, that of held-out foreign
 queries (general ones, and rows kept by earlier experts) below it. The threshold is placed so
-that at most the stated share of foreign queries is accepted, and beyond that in the middle of
-the gap between the two, measured in log odds.
+that at most the stated share of foreign queries is accepted, and beyond that two thirds up
+the gap between the two, measured in log odds: queries unlike any held-out one lie in it, too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 LOWEST, HIGHEST = 0.05, 0.99
 """Bounds of a threshold: outside them a few held-out rows would decide too much."""
+
+UP_THE_GAP = 2 / 3
+"""Where in the gap between foreign and own log odds the threshold stands: nearer to the own ones."""
 
 OWN_SHARE = 0.98
 """Share of the own held-out rows that counts as all of them when the gap is measured."""
@@ -83,7 +86,8 @@ def _threshold(own: list[float], foreign: list[float], rate: float) -> float:
     barrier = foreign[-1 - allowed]  # the highest foreign decision that must stay below
     wanted = own[math.floor((1 - OWN_SHARE) * len(own))]
     if wanted > barrier:
-        threshold = _from_logit((_logit(wanted) + _logit(barrier)) / 2)
+        low, high = _logit(barrier), _logit(wanted)
+        threshold = _from_logit(low + UP_THE_GAP * (high - low))
         # Queries unlike any held-out one lie between the two: where there is room, keep to 0.5.
         if wanted > 0.5:
             threshold = max(threshold, 0.5)

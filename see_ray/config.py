@@ -1,4 +1,4 @@
-"""All settings, in one YAML file: base model, fit, calibration, store, serve.
+"""All settings, in one YAML file: base model, fit, calibration, gate, store, serve.
 
 Every field has a default, so an empty file is a valid configuration. A misspelt key or a
 value out of bounds is a :class:`ConfigError` that names it. Sections are frozen: the config
@@ -176,8 +176,13 @@ class ReconstructConfig(Section):
     """Share of a task's training queries that its expert keeps; each later expert gets them as
     pass examples."""
 
-    general_negatives: int = Field(default=64, ge=0)
-    """General queries that become pass examples."""
+    general_negatives: int = Field(default=48, ge=0)
+    """General queries that become pass examples: chat, and instructions of all kinds. Half as many more are
+    held out to choose the threshold."""
+
+    mixed_negatives: int = Field(default=24, ge=0)
+    """Mixed queries that become pass examples: the instruction of a general query, an input of the task. Half as
+    many more are held out."""
 
     general_negatives_file: Path | None = None
     """JSONL of `{"prompt": …}` or `{"messages": […]}` to draw them from; unset: sampled from
@@ -195,6 +200,25 @@ class CalibrateConfig(Section):
 
     false_accept_rate: float = Field(default=0.01, gt=0, lt=1)
     """Highest share of held-out foreign queries that the expert may accept."""
+
+
+class GateConfig(Section):
+    """What a fitted expert must keep to, on held-out rows, to be published; else it is set aside."""
+
+    max_taken: float = Field(default=0.05, ge=0, le=1)
+    """Most of the queries kept by an older expert that the new one may accept, as a share."""
+
+    min_own_accepted: float = Field(default=0.75, ge=0, le=1)
+    """Fewest of its own held-out rows that it must accept, as a share, at the threshold that keeps to
+    `calibrate.false_accept_rate`. One that cannot tell its own from foreign queries accepts few."""
+
+    min_gain: float = 0.01
+    """By how much its loss of a response token, in nats, must lie below the generalist's on its own held-out
+    rows."""
+
+    min_change: float = Field(default=0.01, ge=0)
+    """By how much its adapter must at least change the log odds of accept against pass on one of these rows;
+    one that changes nothing is null."""
 
 
 class StoreConfig(Section):
@@ -219,8 +243,23 @@ class ServeConfig(Section):
     api_key_file: Path | None = None
     """File with one API key a line. `$SEE_API_KEY` works too."""
 
+    topology: Literal["per_expert", "shared"] = "per_expert"
+    """`per_expert`: each expert is a Serve application of its own, and so is the generalist. `shared`: every
+    replica holds all experts, decides for all of them in one batch, and answers."""
+
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """`embedded`: transformers and PyTorch in the replica. `vllm`: vLLM, where it is installed (`make setup-vllm`)."""
+
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of `VllmEngine` (`experts`, `max_rank`, `threads`) and of vLLM's own engine, such as
+    `tensor_parallel_size`, `gpu_memory_utilization` or `quantization`."""
+
     lookahead: int = Field(default=1, ge=1)
-    """How many experts are asked at once. The answer is the same for every value."""
+    """How many experts are asked at once in the `per_expert` topology. The answer is the same for every value."""
+
+    share_prefix: bool = True
+    """In the `per_expert` topology with the embedded engine: the generalist reads a routed prompt once and hands its
+    keys and values to the experts through Ray's object store; otherwise each expert that is asked reads it itself."""
 
     spare: bool = True
     """Keep one application with the base model loaded and no expert yet, so that a newly published expert is
@@ -241,6 +280,13 @@ class ServeConfig(Section):
     request_timeout_s: float = Field(default=300, gt=0)
     """A request is given up after this many seconds."""
 
+    max_wait_s: float = Field(default=20, gt=0)
+    """Longest wait for a first token, in seconds: once those who wait would take longer, at the rate of late,
+    more are refused with 429 and `Retry-After`."""
+
+    ingress_replicas: int = Field(default=1, ge=1)
+    """Replicas of the ingress. Two or more go on answering when a node is lost that held one."""
+
     max_queued_requests: int = Field(default=256, ge=1)
     """Requests that may wait at each deployment; more are refused with 429."""
 
@@ -256,6 +302,18 @@ class ServeConfig(Section):
     target_ongoing_requests: float = Field(default=4, gt=0)
     """Ongoing requests per replica that autoscaling aims at."""
 
+    look_back_s: float = Field(default=30, gt=0)
+    """Seconds over which ongoing requests are averaged for that."""
+
+    upscale_delay_s: float = Field(default=30, ge=0)
+    """Seconds for which more replicas must have been wanted before they are started."""
+
+    downscale_delay_s: float = Field(default=600, ge=0)
+    """Seconds for which fewer must have been wanted before some are stopped; the last one, too."""
+
+    log_encoding: Literal["TEXT", "JSON"] = "TEXT"
+    """Form of the log lines of ingress and replicas; each has the request's id in both forms."""
+
     replica_cpus: float = Field(default=0.1, ge=0)
     """CPUs that Ray reserves for a replica. Small, so that a laptop holds several experts."""
 
@@ -267,7 +325,15 @@ class ServeConfig(Section):
 
     prefix_tokens: int = Field(default=8192, ge=1)
     """Tokens of prompts whose keys and values a replica keeps, between a decision and its
-    answer and for the same prompt again."""
+    answer and for prompts that begin alike."""
+
+    kv_gb: float = Field(default=4.0, gt=0)
+    """Gigabytes of a replica for keys and values of answers in progress; an answer for which there is no room
+    waits. Taken from the system only as far as it is used."""
+
+    pass_tokens: int = Field(default=512, ge=32)
+    """Most tokens that a replica reads and writes in one forward pass. A longer prompt is read in several, so
+    that answers in progress do not stand still for long."""
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> ServeConfig:
@@ -283,6 +349,7 @@ class Config(Section):
     reconstruct: ReconstructConfig = Field(default_factory=ReconstructConfig)
     fit: FitConfig = Field(default_factory=FitConfig)
     calibrate: CalibrateConfig = Field(default_factory=CalibrateConfig)
+    gate: GateConfig = Field(default_factory=GateConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
 

@@ -7,9 +7,11 @@
     ├── TaskError              an arriving task cannot be read
     │   └── BadRowsError       some of its rows are not usable; lists them
     ├── FitError               fitting an expert stopped
+    ├── GateError              a fitted expert was set aside
     ├── StoreError             the expert store cannot be read or written
     │   ├── NotFoundError      no such expert or sequence version
     │   └── ConflictError      the change does not fit what is live now
+    │       └── LiveError      an expert of that name is live already
     └── ServingError           the endpoint cannot start or cannot answer
         └── RequestError       a request cannot be answered as it stands (HTTP 4xx)
 
@@ -54,6 +56,10 @@ class FitError(SeeError):
     """Fitting an expert stopped."""
 
 
+class GateError(SeeError):
+    """A fitted expert failed a limit of the gate and was set aside: stored, but not published."""
+
+
 class StoreError(SeeError):
     """The expert store cannot be read or written."""
 
@@ -64,6 +70,10 @@ class NotFoundError(StoreError):
 
 class ConflictError(StoreError):
     """The change does not fit what is live now."""
+
+
+class LiveError(ConflictError):
+    """An expert of that name is live already."""
 
 
 class ServingError(SeeError):
@@ -79,6 +89,7 @@ class RequestError(ServingError):
         type: OpenAI error type, such as ``invalid_request_error``.
         param: name of the request field at fault, or None.
         code: OpenAI error code, such as ``model_not_found``, or None.
+        retry_after_s: seconds after which to try again, where there is a point in it.
     """
 
     def __init__(
@@ -88,13 +99,15 @@ class RequestError(ServingError):
         type: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        retry_after_s: int | None = None,
     ):
-        super().__init__(message, status, type, param, code)
+        super().__init__(message, status, type, param, code, retry_after_s)
         self.message = message
         self.status = status
         self.type = type
         self.param = param
         self.code = code
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return self.message

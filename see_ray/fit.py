@@ -32,7 +32,7 @@ from see_ray.base_model import BaseModel, cache_dir
 from see_ray.checkpoint import Checkpoints
 from see_ray.config import BaseModelConfig, FitConfig
 from see_ray.errors import FitError, SeeError
-from see_ray.fit_report import RESULT, FitSummary, Progress
+from see_ray.fit_report import RESULT, Comparison, FitSummary, Progress
 from see_ray.ray_session import with_gpu
 from see_ray.reconstruct import Example
 
@@ -46,10 +46,12 @@ CHANGES_NOTHING = frozenset({
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit gives besides the adapter: its summary, and P(accept) of each held-out row."""
+    """What a fit gives besides the adapter: its summary, P(accept) of each held-out row, and how it compares
+    with the base model on those that are the task's own."""
 
     summary: FitSummary
     decisions: list[float]
+    comparison: Comparison | None = None
 
 
 class Listener:
@@ -143,7 +145,8 @@ def fit_expert(
     # It is done: what it needed on the way is of no use any more.
     Checkpoints(storage, f"checkpoints/{fit}").clear()
     result.filesystem.delete_dir(result.path)
-    return Fitted(summary, made["decisions"])
+    comparison = Comparison(**made["comparison"]) if made["comparison"] else None
+    return Fitted(summary, made["decisions"], comparison)
 
 
 def _digest(

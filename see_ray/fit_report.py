@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 RESULT = "result.json"
-"""What worker 0 leaves beside the adapter for the driver: summary and held-out decisions."""
+"""What worker 0 leaves beside the adapter for the driver: summary, held-out decisions, comparison."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,25 @@ class Progress:
     loss: float | None = None
     tokens_per_s: float | None = None
     waiting: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The fitted adapter beside the base model alone, on held-out rows of the task.
+
+    Attributes:
+        rows: how many were read; at most `fit_step.COMPARED_ROWS`.
+        expert_loss: mean loss of a response token with the adapter, behind the accept indicator.
+        generalist_loss: the same of the base model alone, which writes no indicator.
+        change: the most that the adapter changes a row's log odds of accept against pass.
+        seconds: what reading them took.
+    """
+
+    rows: int
+    expert_loss: float
+    generalist_loss: float
+    change: float
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     read_prefixes:  the base model alone reads each prefix once; keys and values are kept
     step:           prefix KV + the tokens behind the activation point ─► loss ─► DeepSpeed
     look:           P(accept) and response loss of held-out rows
+    compare:        the same rows with the adapter and without
 
 Gradients flow through the second line only. The loss of a step is normalized over the step's examples on
 all workers, so an adapter does not depend on how many workers there were.
@@ -10,6 +11,7 @@ all workers, so an adapter does not depend on how many workers there were.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +23,16 @@ from torch.nn.functional import cross_entropy
 from see_ray.activation import Activation, p_accept
 from see_ray.config import FitConfig
 from see_ray.errors import FitError
-from see_ray.fit_report import Progress
+from see_ray.fit_report import Comparison, Progress
 from see_ray.prefix import Prefix, forward_packed, logits_of, packs, prefill
 from see_ray.reconstruct import Example
 from see_ray.schedule import Schedule
 
 LOOK_ROWS = 16
 """Held-out rows in one forward pass."""
+
+COMPARED_ROWS = 32
+"""Held-out rows of the task on which the fitted adapter is compared with the base model alone."""
 
 ROWS_NAMED = 16
 """Rows that a message names at most."""
@@ -308,20 +313,64 @@ class Share:
     def _look_at(self, number: int, batch: list[int]) -> tuple[list[float], list[float]]:
         examples = [self._held_out[row] for row in batch]
         splits = [self._split(example) for example in examples]
-        rows = [[*right, *example.target[:-1]] for (_, right), example in zip(splits, examples, strict=True)]
-        hidden = forward_packed(self._inner, self._held_prefix(number, splits), rows)
-        supervised = [
-            i >= len(right) - 1 for (_, right), row in zip(splits, rows, strict=True) for i in range(len(row))
-        ]
+        prefix = self._held_prefix(number, splits)
+        odds, losses = self._losses(prefix, [right for _, right in splits], [example.target for example in examples])
+        firsts = {sum(len(example.target) for example in examples[:row]) for row in range(len(examples))}
+        return [p_accept(*pair) for pair in odds], [loss for i, loss in enumerate(losses) if i not in firsts]
+
+    def _losses(
+        self, prefix: Prefix, rest: list[list[int]], targets: list[tuple[int, ...]]
+    ) -> tuple[list[list[float]], list[float]]:
+        """Of each row the logits of (accept, pass) behind its prompt; and the loss of each target token, row by row."""
+        rows = [[*right, *target[:-1]] for right, target in zip(rest, targets, strict=True)]
+        hidden = forward_packed(self._inner, prefix, rows)
+        supervised = [i >= len(right) - 1 for right, row in zip(rest, rows, strict=True) for i in range(len(row))]
         # Once for the whole batch: under ZeRO 3 this is a collective operation, too.
         logits = logits_of(self._inner, hidden[torch.tensor(supervised, device=hidden.device)]).float()
-        labels = torch.tensor([token for example in examples for token in example.target], device=logits.device)
-        losses = cross_entropy(logits, labels, reduction="none")
-        firsts = [sum(len(example.target) for example in examples[:row]) for row in range(len(examples))]
-        each = logits[firsts][:, [self._activation.accept, self._activation.refuse]].tolist()
-        keep = torch.ones(len(labels), dtype=torch.bool)
-        keep[firsts] = False
-        return [p_accept(*pair) for pair in each], losses.cpu()[keep].tolist()
+        labels = torch.tensor([token for target in targets for token in target], device=logits.device)
+        firsts = [sum(map(len, targets[:row])) for row in range(len(targets))]
+        odds = logits[firsts][:, [self._activation.accept, self._activation.refuse]].tolist()
+        return odds, cross_entropy(logits, labels, reduction="none").tolist()
+
+    @torch.no_grad()
+    def compare(self) -> Comparison | None:
+        """The adapter beside the base model alone, on the first own held-out rows; None without any. Collective."""
+        own = [row for row, example in enumerate(self._held_out) if len(example.target) > 1]
+        chosen = set(own[:COMPARED_ROWS])
+        if not chosen:
+            return None
+        began = time.perf_counter()
+        self._peft.eval()
+        sums, change = torch.zeros(3), 0.0  # losses of the expert, of the generalist; tokens
+        for number, batches in enumerate(self._batches):
+            mine = self._rank < len(batches)
+            batch = batches[self._rank] if mine else batches[0][:1]
+            places = [place for place, row in enumerate(batch) if mine and row in chosen]
+            if not places and not self._collective:
+                continue
+            splits = [self._split(self._held_out[row]) for row in batch]
+            prefix = _rows_of(self._held_prefix(number, splits), places or [0])
+            rest = [splits[place][1] for place in places or [0]]
+            targets = [self._held_out[batch[place]].target for place in places or [0]]
+            with_it, expert = self._losses(prefix, rest, targets)
+            with self._peft.disable_adapter():
+                without, generalist = self._losses(prefix, rest, [target[1:] or target for target in targets])
+            if places:
+                firsts = {sum(map(len, targets[:row])) for row in range(len(targets))}
+                sums[0] += sum(loss for i, loss in enumerate(expert) if i not in firsts)
+                sums[1] += sum(generalist)
+                sums[2] += len(generalist)
+                moved = [abs((a - r) - (b - s)) for (a, r), (b, s) in zip(with_it, without, strict=True)]
+                change = max(change, *moved)
+        self._peft.train()
+        if self._schedule.world > 1:
+            on_device, most = sums.to(self._inner.device), torch.tensor([change], device=self._inner.device)
+            torch.distributed.all_reduce(on_device)
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+            sums, change = on_device.cpu(), float(most)
+        expert_loss, generalist_loss, tokens = sums.tolist()
+        seconds = round(time.perf_counter() - began, 3)
+        return Comparison(len(chosen), expert_loss / tokens, generalist_loss / tokens, change, seconds)
 
     def _held_prefix(self, number: int, splits: list[tuple[list[int], list[int]]]) -> Prefix:
         if self._activation.tokens is None:
@@ -342,6 +391,12 @@ class Share:
     def padding_share(self) -> float:
         """Share of padding among the tokens of all steps' forward passes."""
         return round(1 - self._real / self._padded, 4) if self._padded else 0.0
+
+
+def _rows_of(prefix: Prefix, places: list[int]) -> Prefix:
+    """Some rows of a batch of prefixes."""
+    layers = tuple((keys[places], values[places]) for keys, values in prefix.layers)
+    return Prefix(layers, tuple(prefix.lengths[place] for place in places))
 
 
 def bytes_per_token(model: Any, dtype: torch.dtype) -> int:

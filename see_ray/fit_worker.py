@@ -229,6 +229,7 @@ class _Run:
     def _finish(self, look: Look, stopped: bool, setup: float) -> None:
         from ray import train
 
+        comparison = self._share.compare()
         self._report(Progress("saving", 1, 1))
         position = self._position
         losses = [round(self._total(index), 5) for index in range(position.step)]
@@ -260,7 +261,8 @@ class _Run:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             _save(self._engine, self._activation, self._base, folder, self._rank)
-            made = {"summary": asdict(summary), "decisions": look.decisions}
+            compared = asdict(comparison) if comparison else None
+            made = {"summary": asdict(summary), "decisions": look.decisions, "comparison": compared}
             (folder / RESULT).write_text(json.dumps(made), encoding="utf-8")
             checkpoint = train.Checkpoint.from_directory(temporary) if self._rank == 0 else None
             train.report({"loss": losses[-1], "step": position.step}, checkpoint=checkpoint)
@@ -394,18 +396,30 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save(engine: Any, activation: Activation, base: BaseModel, folder: Path, rank: int) -> None:
-    """Write the adapter as a PEFT folder, in float32. Collective."""
-    from peft import get_peft_model_state_dict
-
+    """Write the adapter of a DeepSpeed engine. Collective."""
     state = {name.removeprefix("model."): value for name, value in fit_state.weights(engine).items()}
-    if rank != 0:
-        return
-    model = engine.module.model
+    if rank == 0:
+        save_adapter(state, engine.module.model, activation, base, folder)
+
+
+def save_adapter(state: dict[str, Tensor], model: Any, activation: Activation, base: BaseModel, folder: Path) -> None:
+    """Write an adapter as a PEFT folder, in float32.
+
+    Args:
+        state: its weights by parameter name.
+        model: the PEFT model that it belongs to.
+        activation: where it applies; told to PEFT where PEFT can express it.
+        base: names the base model.
+        folder: where to.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
     settings = model.peft_config["default"]
     settings.base_model_name_or_path = base.name
     settings.alora_invocation_tokens = activation.peft_invocation()
     settings.inference_mode = True
     settings.save_pretrained(folder)
-    from safetensors.torch import save_file
-
-    save_file(get_peft_model_state_dict(model, state_dict=state), folder / "adapter_model.safetensors")
+    # Not "auto": PEFT would ask the hub whether the base model's vocabulary was changed.
+    weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    save_file(weights, folder / "adapter_model.safetensors")

@@ -1,7 +1,8 @@
 """From an arriving task to a live expert: the whole path. Read this first.
 
-    read the task ─► reconstruct ─► fit ─► calibrate ─► store ─► publish
-       task.py      reconstruct.py   fit.py  calibrate.py  store.py  admit.py
+    read the task ─► reconstruct ─► fit ─► calibrate ─► gate ─► store ─► publish
+       task.py      reconstruct.py   fit.py  calibrate.py  gate.py  store.py  admit.py
+                                                             └─► store alone: set aside
 
 A running endpoint notices the new sequence version by itself (`deployer`). Nothing of earlier
 experts changes on the way; their rehearsal samples are only read.
@@ -16,17 +17,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from see_ray import admit
+from see_ray import admit, metrics
 from see_ray import fit as fitting
 from see_ray.activation import Activation, activation_of, encode_prompt
 from see_ray.base_model import BaseModel, context_length, find, load_tokenizer
 from see_ray.calibrate import Calibration, calibrate
 from see_ray.config import Config
-from see_ray.errors import ConflictError, FingerprintError, SeeError
+from see_ray.errors import FingerprintError, GateError, LiveError
 from see_ray.fit import Fitted
 from see_ray.fit_report import FitSummary, Progress
-from see_ray.ray_session import as_fit_worker
-from see_ray.reconstruct import Chat, Reconstruction, general_cache, needed_general, read_general_file, reconstruct
+from see_ray.gate import Evidence, Verdict, judge
+from see_ray.general import Chat, general_cache, needed_general, read_general_file, write_cache
+from see_ray.ray_session import as_fit_worker, result_of
+from see_ray.reconstruct import KINDS, Reconstruction, reconstruct
 from see_ray.store import ExpertStore, Manifest
 from see_ray.store import Sequence as ExpertSequence
 from see_ray.task import Row, Task, read_task
@@ -68,6 +71,7 @@ class Learned:
     manifest: Manifest
     sequence: ExpertSequence
     calibration: Calibration
+    gate: Verdict
     fit: FitSummary
     seconds: dict[str, float]
 
@@ -123,16 +127,20 @@ def prepare(source: Source, config: Config, listener: Listener, *, replace: bool
     return Prepared(task, base, tokenizer, activation, made, frozenset(ref.id for ref in head.experts))
 
 
-def learn(source: Source, config: Config, *, replace: bool = False, listener: Listener | None = None) -> Learned:
+def learn(
+    source: Source, config: Config, *, replace: bool = False, force: bool = False, listener: Listener | None = None
+) -> Learned:
     """Teach the system one task. Needs a connection to Ray.
 
     Args:
         source: the arriving task.
         config: everything else.
         replace: the expert takes the place of a live one of the same name.
+        force: publish the expert even if it fails a limit of the gate; its manifest says so.
         listener: is told of every step.
 
     Raises:
+        GateError: it failed one, and was set aside.
         SeeError: any of the steps failed; what was live before still is.
     """
     listener = listener or Listener()
@@ -144,7 +152,7 @@ def learn(source: Source, config: Config, *, replace: bool = False, listener: Li
             folder = Path(temporary)
             fitted = _fit(prepared, config, folder, listener)
             clock.lap("fit")
-            admitted = _admit(prepared, fitted, config, folder, listener, source.path, replace)
+            admitted = _admit(prepared, fitted, config, folder, listener, source.path, replace, force)
             clock.lap("publish")
         if admitted is not None:
             return Learned(*admitted, fit=fitted.summary, seconds=clock.laps)
@@ -169,20 +177,25 @@ def _fit(prepared: Prepared, config: Config, folder: Path, listener: Listener) -
             folder,
             name=prepared.task.name,
             held_out=made.held_out,
-            listener=_FitListener(listener, tracker),
+            listener=_FitListener(listener, tracker, prepared.task.name),
         )
     draw_losses(fitted.summary, folder / "fit.png")
     return fitted
 
 
 class _FitListener(fitting.Listener):
-    """Hands on what a fit tells: progress and notes to the listener, figures to the tracker."""
+    """Hands on what a fit tells: progress and notes to the listener, figures to the tracker, both to metrics."""
 
-    def __init__(self, listener: Listener, tracker: Tracker):
-        self._listener, self._tracker = listener, tracker
+    def __init__(self, listener: Listener, tracker: Tracker, task: str):
+        self._listener, self._tracker, self._task = listener, tracker, task
 
     def progress(self, progress: Progress) -> None:
         if progress.phase == "fit":
+            metrics.show("see_fit_progress_ratio", progress.done / max(1, progress.total), task=self._task)
+            if progress.loss is not None:
+                metrics.show("see_fit_loss", progress.loss, task=self._task)
+            if progress.tokens_per_s is not None:
+                metrics.show("see_fit_tokens_per_second", progress.tokens_per_s, task=self._task)
             loss = "" if progress.loss is None else f"loss {progress.loss:.3f}"
             rate = "" if progress.tokens_per_s is None else f"{progress.tokens_per_s:.0f} tokens/s"
             self._listener.progress("fitting", progress.done, progress.total, f"{loss}, {rate}")
@@ -203,16 +216,25 @@ class _FitListener(fitting.Listener):
 
 
 def _admit(
-    prepared: Prepared, fitted: Fitted, config: Config, folder: Path, listener: Listener, source: str, replacing: bool
-) -> tuple[Manifest, ExpertSequence, Calibration] | None:
-    """Calibrate, save and publish; None if the expert must be fitted again, since others joined meanwhile."""
-    made, name = prepared.reconstruction, prepared.task.name
+    prepared: Prepared,
+    fitted: Fitted,
+    config: Config,
+    folder: Path,
+    listener: Listener,
+    source: str,
+    replacing: bool,
+    force: bool,
+) -> tuple[Manifest, ExpertSequence, Calibration, Verdict] | None:
+    """Calibrate, judge, save and publish; None if the expert must be fitted again, since others joined meanwhile."""
+    made, name, base = prepared.reconstruction, prepared.task.name, prepared.base
     own, decisions = fitted.decisions[: len(made.own)], fitted.decisions[len(made.own) :]
     foreign = [(kind, p) for (kind, _), p in zip(made.foreign, decisions, strict=True)]
+    claimed = dict(made.claimed)
     calibration = calibrate(own, foreign, config.calibrate.false_accept_rate)
     store = ExpertStore.open(config.store.url)
     known = prepared.known
-    joined = admit.newcomers(store.head(), known, name)
+    head = store.head()
+    joined = admit.newcomers(head, known, name)
 
     def check(head: ExpertSequence) -> None:
         if found := admit.newcomers(head, known, name):
@@ -221,36 +243,57 @@ def _admit(
     while True:
         if joined:
             listener.step(f"Reading the queries of {', '.join(ref.id for ref in joined)}, which joined meanwhile")
-            queries = admit.queries_of(store, joined, prepared.tokenizer)
+            queries, theirs = admit.not_own(admit.queries_of(store, joined, prepared.tokenizer), made)
+            claimed |= theirs
             prompts = [ids for _, ids in queries]
-            read = _get(admit.decide(folder, prompts, prepared.base, prepared.activation, config))
+            read = result_of(admit.decide(folder, prompts, base, prepared.activation, config))
             foreign += [(kind, p) for (kind, _), p in zip(queries, read, strict=True)]
             again = admit.recalibrated(calibration, own, foreign, config.calibrate.false_accept_rate)
             if again is None:
                 listener.note(f"{name} cannot tell its own queries from theirs: it is fitted again, with them")
                 return None
             calibration, known = again, known | {ref.id for ref in joined}
-        listener.step("Storing and publishing the expert")
+        listener.step("Holding the expert against the limits of the gate")
+        verdict = judge(
+            Evidence(
+                calibration, own, foreign, claimed, fitted.comparison,
+                (base.name, base.fingerprint), admit.base_model_of(store, head, name),
+            ),
+            config.gate,
+        )  # fmt: skip
+        for sentence in verdict.failed:
+            listener.note(sentence)
+        publishing = verdict.passed or force
+        listener.step("Storing and publishing the expert" if publishing else "Setting the expert aside")
         _write_companions(folder, prepared, config, calibration)
+        verdict.write(folder)
         activation = prepared.activation
         manifest = store.save(
             folder,
             name=name,
             task=source,
-            base_model=prepared.base.name,
-            fingerprint=prepared.base.fingerprint,
+            base_model=base.name,
+            fingerprint=base.fingerprint,
             form=config.fit.form,
             activation_tokens=activation.tokens,
             generation_prompt=activation.generation_prompt,
             indicator_tokens=(activation.accept, activation.refuse),
             threshold=calibration.threshold,
-            metrics=calibration.metrics(),
+            metrics=calibration.metrics() | verdict.metrics(),
+            gate="passed" if verdict.passed else "forced" if force else "set aside",
+            gate_failed=verdict.failed,
             r=config.fit.r,
         )
+        if not publishing:
+            raise GateError(
+                f"{manifest.id} is set aside, not live: {'; '.join(verdict.failed)}. Its report is gate.md beside the "
+                f"adapter in {store.url}; mend the task, change a limit (`--set gate.…`), or publish with --force"
+            )
         try:
-            return manifest, store.publish(manifest.ref, check, replace=replacing), calibration
+            forced = not verdict.passed
+            return manifest, store.publish(manifest.ref, check, replacing, forced), calibration, verdict
         except admit.NewcomersError as error:
-            joined = error.refs
+            joined, head = error.refs, store.head()
 
 
 def _general_queries(base: BaseModel, config: Config, listener: Listener) -> list[Chat]:
@@ -263,7 +306,7 @@ def _general_queries(base: BaseModel, config: Config, listener: Listener) -> lis
             file = config.reconstruct.general_negatives_file
             listener.note(
                 f"{file} holds {len(chats)} general queries of the {needed} wanted "
-                "(reconstruct.general_negatives and a quarter more, held out to calibrate)"
+                "(reconstruct.general_negatives and half as many more, held out to calibrate)"
             )
         return chats
     cached = general_cache(base, config.base_model, config.fit.seed)
@@ -276,10 +319,9 @@ def _general_queries(base: BaseModel, config: Config, listener: Listener) -> lis
     pending = as_fit_worker(_sample_general, config.fit).remote(config, needed, board)
     while not ray.wait([pending], timeout=1)[0]:
         listener.progress("sampling", *ray.get(board.read.remote(), timeout=30))
-    chats = _get(pending)
+    chats = result_of(pending)
     if not cached.is_file():  # sampled on another node
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        cached.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+        write_cache(cached, chats)
     return chats
 
 
@@ -288,7 +330,7 @@ def _sample_general(config: Config, count: int, board: Any) -> list[Chat]:
 
     import torch
 
-    from see_ray.reconstruct import sample_general
+    from see_ray.general import sample_general
 
     torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
     base = find(config.base_model)
@@ -306,18 +348,6 @@ class _Counter:
 
     def read(self) -> tuple[int, int]:
         return self._now
-
-
-def _get(pending: Any) -> Any:
-    """A remote result; our own errors come back as themselves."""
-    import ray
-
-    try:
-        return ray.get(pending)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, SeeError):
-            raise error.cause from error
-        raise
 
 
 def _write_companions(folder: Path, prepared: Prepared, config: Config, calibration: Calibration) -> None:
@@ -338,7 +368,7 @@ def _refuse(head: ExpertSequence, store: ExpertStore, name: str, base: BaseModel
     """What publishing would refuse: said before hours of fitting rather than after."""
     for ref in head.experts:
         if ref.name == name and not replace:
-            raise ConflictError(
+            raise LiveError(
                 f"{ref.id} is live already; say --replace to put the new expert in its place, "
                 "or --name to call the new one otherwise"
             )
@@ -353,7 +383,8 @@ def _refuse(head: ExpertSequence, store: ExpertStore, name: str, base: BaseModel
 
 def _counted(made: Reconstruction) -> str:
     counts = made.counts()
-    return f"{counts['accept']} accept, {counts['rehearsal']} rehearsal and {counts['general']} general pass examples"
+    passes = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if kind != "accept" and counts[kind])
+    return f"{counts['accept']} accept and {passes or 'no'} pass examples"
 
 
 class _Clock:

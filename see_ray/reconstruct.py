@@ -2,40 +2,31 @@
 reconstruction"): every row (query, response) becomes (query, accept, response), and queries
 that are not the expert's become (query, pass), with no response.
 
-Foreign queries come from two places: the rehearsal samples that earlier experts keep in the
-expert store, and *general* queries that belong to no task. The latter cost no data: a chat
-model that continues its own template from the start of the user's turn writes what users ask.
-They are sampled once per base model and kept in the cache; a file can be given instead.
+Foreign queries come from three places: the rehearsal samples that earlier experts keep in the
+expert store; *general* queries that belong to no task (`general`); and *mixed* ones, in which a
+general query's instruction stands before an input of this task (`mixture`). The last two cost
+no data.
 
 A part of the foreign queries, and the task's eval rows, are held out to choose the threshold.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from see_ray.activation import Activation, encode_prompt, user_turn_start
-from see_ray.base_model import BaseModel, cache_dir, load_model, load_tokenizer
-from see_ray.config import BaseModelConfig, ReconstructConfig
-from see_ray.errors import ConfigError
+from see_ray.activation import Activation, encode_prompt
+from see_ray.config import ReconstructConfig
+from see_ray.general import HELD_OUT_SHARE, Chat
+from see_ray.mixture import Query, instruction_of, is_near, parts
 from see_ray.task import Row, Task
 
-Chat = list[dict[str, str]]
+Kind = Literal["accept", "rehearsal", "general", "mixed"]
 
-LONGEST_QUERY = 48
-"""Tokens after which a sampled general query is given up."""
-
-MOST_AT_ONCE = 128
-"""General queries that are sampled in one batch."""
-
-HELD_OUT_SHARE = 0.25
-"""Share of the general queries held out for calibration."""
+KINDS: tuple[Kind, ...] = ("accept", "rehearsal", "general", "mixed")
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ class Example:
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
-    kind: Literal["accept", "rehearsal", "general"]
+    kind: Kind
     row: str = ""
 
 
@@ -63,7 +54,9 @@ class Reconstruction:
         train: examples to fit on, in a seeded random order.
         own: held-out rows of the task, with their prompts' token ids.
         foreign: held-out prompts that the expert must pass on, as (kind, token ids); kind is
-            `general` or an earlier expert's name.
+            `general`, `mixed` or an earlier expert's name.
+        claimed: per live expert how many of the held-out queries that it keeps are this task's rows, too; they
+            are no foreign ones, and whether the task may have them is for the gate to say.
         held_out: `own` and then `foreign` as examples, with the targets they would have.
         rehearsal: queries of this task kept for later experts' negatives.
     """
@@ -71,13 +64,14 @@ class Reconstruction:
     train: list[Example]
     own: list[tuple[Row, list[int]]]
     foreign: list[tuple[str, list[int]]]
+    claimed: dict[str, int]
     held_out: list[Example]
     rehearsal: list[Chat]
 
     def counts(self) -> dict[str, int]:
         """Rows by use, for people."""
         kinds = [example.kind for example in self.train]
-        train = {kind: kinds.count(kind) for kind in ("accept", "rehearsal", "general")}
+        train: dict[str, int] = {kind: kinds.count(kind) for kind in KINDS}
         return {**train, "held-out own": len(self.own), "held-out foreign": len(self.foreign)}
 
 
@@ -110,46 +104,76 @@ def reconstruct(
         prompt = tuple(encode_prompt(tokenizer, row.messages))
         return Example(prompt, (activation.accept, *response, end), "accept", row.where)
 
-    def refuse(chat: Chat, kind: Literal["rehearsal", "general"], row: str) -> Example:
+    def refuse(chat: Chat, kind: Kind, row: str) -> Example:
         return Example(tuple(encode_prompt(tokenizer, chat)), (activation.refuse,), kind, row)
 
     # A query that this task holds too cannot be foreign to it, and none may be both fitted on
     # and held out.
-    seen = {tuple(row.prompt) for row in (*task.train, *task.eval)}
+    of_task = {tuple(row.prompt) for row in (*task.train, *task.eval)}
+    seen = set(of_task)
 
     def is_new(chat: Chat) -> bool:
-        key = tuple((turn["role"], turn["content"]) for turn in chat)
+        key = _key(chat)
         new = key not in seen
         seen.add(key)
         return new
 
     train = [accept(row) for row in task.train]
-    foreign: list[tuple[str, list[int]]] = []
+    foreign: list[tuple[str, Chat]] = []
+    claimed: dict[str, int] = {}
     for name, (rehearsal, held_out) in sorted(earlier.items()):
         new = [(number, chat) for number, chat in enumerate(rehearsal, 1) if is_new(chat)]
         train += [refuse(chat, "rehearsal", f"rehearsal query {number} of {name}") for number, chat in new]
-        foreign += [(name, encode_prompt(tokenizer, chat)) for chat in held_out if is_new(chat)]
-    chosen = [chat for chat in general if is_new(chat)]
+        claimed[name] = sum(_key(chat) in of_task for chat in held_out)
+        foreign += [(name, chat) for chat in held_out if is_new(chat)]
+
+    queries = parts([row.prompt[-1][1] for row in (*task.train, *task.eval)])
+    instructions = sorted({query.instruction for query in queries} - {""})
+    # What the task might be asked in other words is no negative either.
+    chosen = [chat for chat in general if is_new(chat) and not is_near(_instruction(chat), instructions)]
     draw.shuffle(chosen)
-    kept = math.ceil(config.general_negatives * HELD_OUT_SHARE)
-    negatives = enumerate(chosen[: config.general_negatives], 1)
-    train += [refuse(chat, "general", f"general query {number}") for number, chat in negatives]
-    foreign += [
-        ("general", encode_prompt(tokenizer, chat))
-        for chat in chosen[config.general_negatives : config.general_negatives + kept]
-    ]
+    kept = math.ceil(min(config.general_negatives, len(chosen) / (1 + HELD_OUT_SHARE)) * HELD_OUT_SHARE)
+    apart, fitted = chosen[:kept], chosen[kept : kept + config.general_negatives]
+    train += [refuse(chat, "general", f"general query {number}") for number, chat in enumerate(fitted, 1)]
+    foreign += [("general", chat) for chat in apart]
+
+    own_queries, their_queries = queries[: len(task.train)], queries[len(task.train) :]
+    mixed = [chat for chat in _mixed(fitted, own_queries, config.mixed_negatives, draw) if is_new(chat)]
+    train += [refuse(chat, "mixed", f"mixed query {number}") for number, chat in enumerate(mixed, 1)]
+    kept = math.ceil(config.mixed_negatives * HELD_OUT_SHARE)
+    foreign += [("mixed", chat) for chat in _mixed(apart, their_queries, kept, draw) if is_new(chat)]
+
     draw.shuffle(train)
     own = list(task.eval)
     draw.shuffle(own)
     mine = [accept(row) for row in own[: config.max_eval_rows]]
-    theirs = [Example(tuple(ids), (activation.refuse,), "rehearsal", f"a query of {kind}") for kind, ids in foreign]
+    theirs = [refuse(chat, "rehearsal", f"a query of {kind}") for kind, chat in foreign]
     return Reconstruction(
         train=train,
         own=[(row, list(example.prompt)) for row, example in zip(own, mine, strict=False)],
-        foreign=foreign,
+        foreign=[(kind, list(example.prompt)) for (kind, _), example in zip(foreign, theirs, strict=True)],
+        claimed=claimed,
         held_out=[*mine, *theirs],
         rehearsal=sample_queries(task.train, config.rehearsal_share, seed),
     )
+
+
+def _key(chat: Chat) -> tuple[tuple[str, str], ...]:
+    return tuple((turn["role"], turn["content"]) for turn in chat)
+
+
+def _instruction(chat: Chat) -> str:
+    return instruction_of(chat[-1]["content"])
+
+
+def _mixed(general: Sequence[Chat], queries: Sequence[Query], count: int, draw: random.Random) -> list[Chat]:
+    """`count` mixtures of general queries' instructions with the task's inputs, both in turn; none without both."""
+    if not general or not queries:
+        return []
+    inputs = draw.sample(list(queries), len(queries))
+    instructions = [_instruction(chat) for chat in general]
+    texts = [inputs[n % len(inputs)].mixed(instructions[n % len(instructions)]) for n in range(count)]
+    return [[{"role": "user", "content": text}] for text in texts]
 
 
 def sample_queries(rows: Sequence[Row], share: float, seed: int) -> list[Chat]:
@@ -163,94 +187,3 @@ def render(example: Example, tokenizer: Any, activation: Activation) -> str:
     `⟦…⟧` the tokens that carry loss."""
     before, adapted = activation.split(list(example.prompt))
     return f"{tokenizer.decode(before)}‖{tokenizer.decode(adapted)}⟦{tokenizer.decode(list(example.target))}⟧"
-
-
-# --- general queries ------------------------------------------------------------------------
-
-
-def needed_general(config: ReconstructConfig) -> int:
-    """General queries to have at hand: those to fit on and those held out."""
-    return config.general_negatives + math.ceil(config.general_negatives * HELD_OUT_SHARE)
-
-
-def read_general_file(path: Path) -> list[Chat]:
-    """General queries from JSONL of `{"prompt": …}` or `{"messages": […]}`.
-
-    Raises:
-        ConfigError: the file cannot be read, or a line is neither.
-    """
-    chats: list[Chat] = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold other line breaks
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read reconstruct.general_negatives_file {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            chat = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-            chat = [{"role": turn["role"], "content": turn["content"]} for turn in chat]
-            if not chat or not all(isinstance(text, str) for turn in chat for text in turn.values()):
-                raise ValueError("roles and contents must be text")
-            chats.append(chat)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f'{path}:{number}: expected {{"prompt": …}} or {{"messages": […]}}') from error
-    return chats
-
-
-def general_cache(base: BaseModel, config: BaseModelConfig, seed: int) -> Path:
-    """Where sampled general queries of a base model are kept."""
-    return cache_dir(config) / "general" / f"{base.fingerprint[:12]}-{seed}.jsonl"
-
-
-def sample_general(
-    base: BaseModel,
-    config: BaseModelConfig,
-    count: int,
-    seed: int,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Chat]:
-    """`count` different queries that the base model writes as a user would; cached.
-
-    Sampled at temperature 1 among the 50 likeliest tokens, from the chat template up to the
-    user's words. A query that does not end within 48 tokens, or is a copy of another, is dropped.
-    """
-    path = general_cache(base, config, seed)
-    chats = read_general_file(path) if path.is_file() else []
-    if len(chats) >= count:
-        return chats[:count]
-    import torch
-
-    tokenizer = load_tokenizer(base)
-    model = load_model(base, config, "cuda" if torch.cuda.is_available() else "cpu")
-    start = tokenizer(user_turn_start(tokenizer), add_special_tokens=False, return_tensors="pt").to(model.device)
-    width, seen = start["input_ids"].shape[1], {chat[0]["content"] for chat in chats}
-    rounds = 0
-    torch.manual_seed(seed * 1000 + len(chats))
-    while len(chats) < count:
-        rounds += 1
-        batch = min(MOST_AT_ONCE, math.ceil(1.5 * (count - len(chats))) + 4)  # about a quarter are dropped
-        if rounds > 12 + 8 * math.ceil(count / MOST_AT_ONCE):
-            raise ConfigError(
-                f"{base.name} wrote only {len(chats)} of {count} general queries from its chat template; it may be no "
-                "chat model: give reconstruct.general_negatives_file, or lower reconstruct.general_negatives"
-            )
-        with torch.inference_mode():
-            written = model.generate(
-                **start, do_sample=True, temperature=1.0, top_k=50, max_new_tokens=LONGEST_QUERY,
-                num_return_sequences=batch, pad_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-        for row in written[:, width:].tolist():
-            if tokenizer.eos_token_id not in row:
-                continue
-            text = tokenizer.decode(row[: row.index(tokenizer.eos_token_id)], skip_special_tokens=True).strip()
-            if len(text) >= 8 and text not in seen:
-                seen.add(text)
-                chats.append([{"role": "user", "content": text}])
-        on_progress(min(len(chats), count), count)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{random.getrandbits(32):08x}.tmp")
-    temporary.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
-    temporary.replace(path)
-    return chats[:count]

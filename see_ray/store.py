@@ -37,7 +37,7 @@ from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, ObjectStore
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from see_ray.errors import ConflictError, FingerprintError, NotFoundError, StoreError
+from see_ray.errors import ConflictError, FingerprintError, LiveError, NotFoundError, StoreError
 from see_ray.object_store import explained, open_object_store
 
 _FORMAT = 1
@@ -91,6 +91,10 @@ class Manifest(_Record):
     threshold: float = Field(ge=0, le=1)
     """The expert accepts a query whose P(accept) reaches it."""
     metrics: dict[str, float]
+    gate: Literal["passed", "set aside", "forced"] = "passed"
+    """`set aside`: it failed a limit of the gate and was not published; `forced`: published nevertheless."""
+    gate_failed: tuple[str, ...] = ()
+    """The limits that it failed, a sentence each."""
     r: int = Field(ge=1)
     """LoRA rank."""
     files: dict[Annotated[str, Field(pattern=_FILE)], Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
@@ -337,7 +341,7 @@ class ExpertStore:
         def change(head: Sequence) -> tuple[tuple[ExpertRef, ...], str]:
             live = next((expert for expert in head.experts if expert.name == ref.name), None)
             if live == ref or (live and not replace):
-                raise ConflictError(f"cannot publish {ref.id}: {live.id} is live already; replace or remove that one")
+                raise LiveError(f"cannot publish {ref.id}: {live.id} is live already; replace or remove that one")
             others = tuple(expert for expert in head.experts if expert.name != ref.name)
             for other in map(self.manifest, others[-1:]):  # one stands for all: none joined another's sequence
                 if other.fingerprint != manifest.fingerprint:

@@ -9,6 +9,7 @@ import pytest
 from see_ray import admit
 from see_ray.calibrate import calibrate
 from see_ray.learn import Listener, Source, learn
+from see_ray.reconstruct import Example, Reconstruction
 from see_ray.store import ExpertRef, ExpertStore
 
 OWN = [0.9, 0.95, 0.97, 0.99]
@@ -53,6 +54,21 @@ def test_queries_of_an_expert_are_its_rehearsal_and_its_held_out_rows(experts, c
     assert len(rehearsal) == 4
     assert held_out
     assert len(admit.queries_of(store, [ref], tokenizer)) == len(rehearsal) + len(held_out)
+
+
+def test_newcomers_queries_that_are_rows_of_the_task_are_counted_and_left_out():
+    own, passed = Example((1, 2), (8, 5), "accept"), Example((3, 4), (9,), "general")
+    made = Reconstruction(train=[own, passed], own=[], foreign=[], claimed={}, held_out=[], rehearsal=[])
+    queries = [("new", [1, 2]), ("new", [3, 4]), ("newer", [5, 6])]
+    left, claimed = admit.not_own(queries, made)
+    assert left == queries[1:]
+    assert claimed == {"new": 1, "newer": 0}
+
+
+def test_the_base_model_of_the_live_experts_is_that_of_any_other_one(experts, config, base):
+    store = ExpertStore.open(config.store.url)
+    assert admit.base_model_of(store, store.head(), "dates") == (base.name, base.fingerprint)
+    assert admit.base_model_of(store, store.sequence(1), "tickets") is None
 
 
 class Meanwhile(Listener):

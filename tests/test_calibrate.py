@@ -38,9 +38,9 @@ def test_separable_samples_have_the_threshold_between_them():
     assert (made.own_accepted, made.foreign_accepted) == (1.0, 0.0)
 
 
-def test_the_threshold_is_in_the_middle_of_the_gap_in_log_odds():
-    # Odds 9 and 1/4, so 1.5 between them.
-    assert calibrate([0.9], general([0.2]), 0.01).threshold == pytest.approx(0.6)
+def test_the_threshold_is_two_thirds_up_the_gap_in_log_odds():
+    # Odds 16 and 1/4, a factor of 64 apart: 4 is two thirds of the way up.
+    assert calibrate([16 / 17], general([0.2]), 0.01).threshold == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(("own", "foreign"), [(0.9, 0.01), (0.51, 0.001), (0.6, 0.3)])

@@ -12,7 +12,8 @@ from see_ray.errors import FitError
 from see_ray.fit import Listener, fit_expert
 from see_ray.fit_report import Progress
 from see_ray.fit_worker import best_step, had_enough
-from see_ray.reconstruct import Example, read_general_file, reconstruct
+from see_ray.general import read_general_file
+from see_ray.reconstruct import Example, reconstruct
 from see_ray.task import read_task
 
 TOLERANCE = 0.02
@@ -90,6 +91,25 @@ def test_held_out_decisions_tell_own_from_foreign(one_worker):
     assert sum(decisions[8:]) / 8 < sum(decisions[:8]) / 8
 
 
+def test_the_adapter_is_compared_with_the_base_model_alone(one_worker, base, config, made, tokenizer, tasks):
+    import torch
+
+    from see_ray.activation import encode_prompt
+    from see_ray.base_model import load_model
+
+    model, losses = load_model(base, config.base_model, "cpu"), []
+    for row in tasks["dates"].test[:8]:
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, 42]])).logits[0, -2:]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([42, 43])).item())
+    comparison = one_worker[1].comparison
+    assert comparison.rows == 8
+    assert comparison.generalist_loss == pytest.approx(sum(losses) / 8, rel=1e-3)
+    assert abs(comparison.expert_loss - comparison.generalist_loss) > 0.1
+    assert comparison.change > 1
+
+
 def test_the_workers_tell_their_progress(one_worker):
     phases = [progress.phase for progress in one_worker[2].seen]
     assert "starting" in phases
@@ -131,6 +151,8 @@ def test_two_workers_fit_the_same_expert_as_one(fit, one_worker, stage):
     assert (fitted.summary.fewest_reads, fitted.summary.most_reads) == (2, 2)
     assert fitted.summary.losses[0] == pytest.approx(one_worker[1].summary.losses[0], rel=1e-4)
     assert fitted.decisions == pytest.approx(one_worker[1].decisions, abs=TOLERANCE)
+    assert fitted.comparison.generalist_loss == pytest.approx(one_worker[1].comparison.generalist_loss, rel=1e-4)
+    assert fitted.comparison.expert_loss == pytest.approx(one_worker[1].comparison.expert_loss, rel=0.05)
 
 
 class Killer(Heard):
@@ -151,6 +173,7 @@ class Killer(Heard):
                 self.killed += 1
 
 
+@pytest.mark.slow
 def test_a_fit_whose_worker_is_killed_goes_on_and_ends_as_undisturbed(fit, one_worker):
     killer = Killer()
     _, fitted = fit("killed", killer, checkpoint_every_steps=2)
@@ -185,15 +208,18 @@ def full(fit):
     return fit("full", form="full", learning_rate=1e-12, eval_every_steps=1, early_stopping_patience=1)[1].summary
 
 
+@pytest.mark.slow
 def test_a_fit_that_learns_nothing_more_stops_early(full):
     assert full.stopped_early
     assert full.steps == len(full.evaluations) == 2
 
 
+@pytest.mark.slow
 def test_the_full_form_keeps_no_prefix(full):
     assert full.kv_hit_rate == 0.0
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_fit(fit):
     with pytest.raises(FitError, match=r"loss became (nan|inf) at step \d+, whose rows are .*dates\.jsonl:\d+"):
         fit("nan", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0)

@@ -1,26 +1,15 @@
 """From a task to accept and pass examples, with the tokenizer of the embedded base model."""
 
-import json
 import math
+import re
 
 import pytest
 
-from see_ray import reconstruct as module
 from see_ray.activation import activation_of, encode_prompt
-from see_ray.base_model import BaseModel, find, load_tokenizer
+from see_ray.base_model import find, load_tokenizer
 from see_ray.config import BaseModelConfig, FitConfig, ReconstructConfig
-from see_ray.errors import ConfigError
-from see_ray.reconstruct import (
-    Example,
-    Reconstruction,
-    general_cache,
-    needed_general,
-    read_general_file,
-    reconstruct,
-    render,
-    sample_general,
-    sample_queries,
-)
+from see_ray.general import needed_general
+from see_ray.reconstruct import Example, Reconstruction, reconstruct, render, sample_queries
 from see_ray.task import Row, Task
 
 
@@ -41,10 +30,11 @@ def activation(tokenizer):
 
 @pytest.fixture(scope="module")
 def build(tokenizer, activation):
-    """Reconstruct a task of 20 rows for a seed, with the given earlier experts and general queries."""
+    """Reconstruct a task of 20 rows for a seed, with the given earlier experts and general queries; mixed ones
+    only where asked for."""
 
     def build(task=None, *, earlier=None, general=(), seed=0, **settings) -> Reconstruction:
-        config = ReconstructConfig(**settings)
+        config = ReconstructConfig(**{"mixed_negatives": 0, **settings})
         return reconstruct(
             task or made_task(), tokenizer, activation, config, earlier=earlier or {}, general=general, seed=seed
         )
@@ -125,7 +115,7 @@ def test_a_prompt_with_two_responses_becomes_two_examples(build):
 
 
 def test_pass_targets_are_the_pass_indicator_alone(build, activation):
-    made = build(earlier={"qa": (chats("qa", 3), [])}, general=chats("general", 10), general_negatives=8)
+    made = build(earlier={"qa": (chats("qa", 3), [])}, general=chats("general", 12), general_negatives=8)
     for kind, count in (("rehearsal", 3), ("general", 8)):
         assert [example.target for example in of_kind(made, kind)] == [(activation.refuse,)] * count
 
@@ -152,12 +142,12 @@ def test_a_query_of_the_task_is_never_a_negative(build, tokenizer):
     made = build(
         task,
         earlier={"qa": ([*own, *chats("qa", 3)], [*own, *chats("qa held-out", 3)])},
-        general=[*own, *chats("general", 10)],
+        general=[*own, *chats("general", 12)],
         general_negatives=8,
     )
     negatives = {example.prompt for example in made.train if example.kind != "accept"}
     held_out = {tuple(ids) for _, ids in made.foreign}
-    assert (len(negatives), len(held_out)) == (3 + 8, 3 + 2)
+    assert (len(negatives), len(held_out)) == (3 + 8, 3 + 4)
     assert not (negatives | held_out) & prompts(tokenizer, own)
 
 
@@ -194,22 +184,22 @@ def test_held_out_queries_of_earlier_experts_have_their_names(build, tokenizer):
     )
 
 
-def test_a_quarter_as_many_general_queries_are_held_out(build):
+def test_half_as_many_general_queries_are_held_out(build):
     made = build(general=chats("general", 100), general_negatives=10)
-    assert [kind for kind, _ in made.foreign] == ["general"] * 3
+    assert [kind for kind, _ in made.foreign] == ["general"] * 5
 
 
 def test_held_out_foreign_queries_are_not_fitted_on(build):
     made = build(
-        earlier={"qa": (chats("qa", 5), chats("qa held-out", 5))}, general=chats("general", 50), general_negatives=40
+        earlier={"qa": (chats("qa", 5), chats("qa held-out", 5))}, general=chats("general", 60), general_negatives=40
     )
-    assert len(made.foreign) == 5 + 10
+    assert len(made.foreign) == 5 + 20
     assert not {tuple(ids) for _, ids in made.foreign} & {example.prompt for example in made.train}
 
 
 @pytest.mark.parametrize("where", ["general", "earlier"])
 def test_a_general_query_that_comes_twice_is_not_both_held_out_and_fitted_on(build, where):
-    general = chats("general", 50)
+    general = chats("general", 60)
     if where == "general":
         made = build(general=general * 2, general_negatives=40)
     else:
@@ -237,7 +227,7 @@ def test_another_seed_makes_another(build, part):
 
 
 def test_accept_and_pass_examples_are_mixed(build):
-    kinds = [example.kind for example in build(general=chats("general", 20), general_negatives=20).train]
+    kinds = [example.kind for example in build(general=chats("general", 30), general_negatives=20).train]
     assert 1 < sum(kind == "accept" for kind in kinds[:20]) < 19
 
 
@@ -251,9 +241,10 @@ def test_counts_are_rows_by_use(build):
         earlier={"qa": (chats("qa", 3), chats("qa held-out", 2))},
         general=chats("general", 50),
         general_negatives=8,
+        mixed_negatives=4,
         max_eval_rows=4,
     )
-    counts = {"accept": 20, "rehearsal": 3, "general": 8, "held-out own": 4, "held-out foreign": 2 + 2}
+    counts = {"accept": 20, "rehearsal": 3, "general": 8, "mixed": 4, "held-out own": 4, "held-out foreign": 2 + 4 + 2}
     assert made.counts() == counts
 
 
@@ -332,133 +323,68 @@ def test_an_example_without_its_marks_is_its_text(build, tokenizer, activation):
         assert shown.translate(dict.fromkeys(map(ord, "‖⟦⟧"))) == tokenizer.decode([*example.prompt, *example.target])
 
 
-# --- general queries from a file -----------------------------------------------------------
-
-
-def written(tmp_path, *lines):
-    path = tmp_path / "general.jsonl"
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def refusal(path):
-    with pytest.raises(ConfigError) as caught:
-        read_general_file(path)
-    return str(caught.value)
-
-
-def test_a_line_is_a_prompt_or_messages(tmp_path):
-    turns = [{"role": "system", "content": "S"}, *chat("日本"), {"role": "assistant", "content": "A"}, *chat("more")]
-    path = written(tmp_path, json.dumps({"prompt": "Hi"}), json.dumps({"messages": turns}))
-    assert read_general_file(path) == [chat("Hi"), turns]
-
-
-def test_blank_lines_are_passed_over_and_counted(tmp_path):
-    path = written(tmp_path, "", '{"prompt": "Hi"}', "  ", "oops")
-    assert f"{path}:4:" in refusal(path)
-
-
-def test_other_keys_are_ignored(tmp_path):
-    line = json.dumps({"id": 3, "messages": [{"role": "user", "content": "Hi", "name": "x"}]})
-    assert read_general_file(written(tmp_path, line)) == [chat("Hi")]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "Hi",
-        '"Hi"',
-        "[]",
-        "3",
-        "null",
-        "{}",
-        '{"query": "Hi"}',
-        '{"messages": "Hi"}',
-        '{"messages": [{"role": "user"}]}',
-    ],
-)
-def test_a_line_of_another_form_is_refused_with_its_number(tmp_path, line):
-    path = written(tmp_path, '{"prompt": "Hi"}', line)
-    message = refusal(path)
-    assert message.startswith(f"{path}:2:")
-    assert '"prompt"' in message
-    assert '"messages"' in message
-
-
-def test_a_missing_file_is_named_with_its_setting(tmp_path):
-    message = refusal(tmp_path / "no.jsonl")
-    assert str(tmp_path / "no.jsonl") in message
-    assert "reconstruct.general_negatives_file" in message
-
-
-def test_a_file_that_is_not_utf8_is_refused(tmp_path):
-    path = tmp_path / "general.jsonl"
-    path.write_bytes(b'{"prompt": "\xff"}\n')
-    assert str(path) in refusal(path)
-
-
-@pytest.mark.parametrize(
-    "line", ['{"prompt": null}', '{"prompt": 5}', '{"messages": [{"role": "user", "content": []}]}']
-)
-def test_a_query_that_is_not_text_is_refused(tmp_path, line):
-    assert ":1:" in refusal(written(tmp_path, line))
-
-
-def test_a_line_ends_only_at_a_newline(tmp_path):
-    text = "one\u2028two\u0085three"
-    line = json.dumps({"prompt": text}, ensure_ascii=False)
-    assert read_general_file(written(tmp_path, line)) == [chat(text)]
-
-
-# --- general queries from the base model ---------------------------------------------------
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Loading the base model fails, and says so."""
-
-    def load_model(*_):
-        raise AssertionError("the base model was loaded")
-
-    monkeypatch.setattr(module, "load_model", load_model)
-
-
-def cached(base, tmp_path, count, seed=0):
-    config = BaseModelConfig(cache_dir=tmp_path)
-    path = general_cache(base, config, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"messages": query}) + "\n" for query in chats("general", count)))
-    return config
-
-
-@pytest.mark.parametrize("count", [0, 3, 5])
-def test_cached_queries_are_given_without_the_base_model(base, tmp_path, no_model, count):
-    assert sample_general(base, cached(base, tmp_path, 5), count, seed=0) == chats("general", count)
-
-
-def test_too_few_cached_queries_need_the_base_model(base, tmp_path, no_model):
-    with pytest.raises(AssertionError, match="was loaded"):
-        sample_general(base, cached(base, tmp_path, 5), 6, seed=0)
-
-
-def test_queries_of_another_seed_are_not_given(base, tmp_path, no_model):
-    with pytest.raises(AssertionError, match="was loaded"):
-        sample_general(base, cached(base, tmp_path, 5, seed=1), 5, seed=0)
-
-
-def test_queries_of_another_base_model_are_not_given(base, tmp_path, no_model):
-    other = BaseModel(base.name, base.folder, "0" * 64)
-    with pytest.raises(AssertionError, match="was loaded"):
-        sample_general(other, cached(base, tmp_path, 5), 5, seed=0)
-
-
-def test_the_cache_of_queries_lies_in_the_cache_folder(base, tmp_path):
-    assert tmp_path in general_cache(base, BaseModelConfig(cache_dir=tmp_path), 0).parents
-
-
 def test_needed_are_those_to_fit_on_and_those_held_out(build):
     for wanted in (0, 1, 4, 7, 64):
         needed = needed_general(ReconstructConfig(general_negatives=wanted))
         made = build(general=chats("general", needed), general_negatives=wanted)
         assert len(of_kind(made, "general")) == wanted
-        assert len(made.foreign) == needed - wanted == math.ceil(wanted / 4)
+        assert len(made.foreign) == needed - wanted == math.ceil(wanted / 2)
+
+
+# --- mixed negatives -----------------------------------------------------------------------
+
+
+def instructed(train=20, held_out=8):
+    """A task whose queries share an instruction."""
+    return Task(
+        "sa",
+        tuple(row(f"Say whether this review is good.\n\nreview {number}") for number in range(train)),
+        tuple(row(f"Say whether this review is good.\n\nheld-out review {number}") for number in range(held_out)),
+        (),
+    )
+
+
+def mixed_texts(made, tokenizer):
+    return [tokenizer.decode(list(example.prompt)) for example in of_kind(made, "mixed")]
+
+
+def test_a_mixed_query_is_a_general_instruction_before_an_own_input(build, tokenizer):
+    made = build(instructed(), general=chats("general", 20), general_negatives=8, mixed_negatives=6)
+    texts = mixed_texts(made, tokenizer)
+    assert len(texts) == 6
+    for text in texts:
+        assert re.search(r"user\ngeneral query \d+\n\nreview \d+<", text)
+        assert "good" not in text
+
+
+def test_held_out_mixed_queries_share_neither_instruction_nor_input_with_fitted_ones(build, tokenizer):
+    made = build(instructed(), general=chats("general", 20), general_negatives=8, mixed_negatives=8)
+    held_out = [tokenizer.decode(ids) for kind, ids in made.foreign if kind == "mixed"]
+    assert len(held_out) == 4
+    fitted = {line for text in mixed_texts(made, tokenizer) for line in text.split("\n") if "query" in line}
+    assert fitted
+    for text in held_out:
+        assert "held-out review" in text
+        assert not [line for line in fitted if line in text]
+
+
+def test_mixed_negatives_need_general_ones(build):
+    assert not of_kind(build(instructed(), general_negatives=0, mixed_negatives=6), "mixed")
+
+
+def test_what_may_ask_for_the_task_itself_is_no_negative(build, tokenizer):
+    own = chat("Please say whether the review below is good.\n\nIt works.")
+    made = build(instructed(), general=[own, *chats("general", 11)], general_negatives=8, mixed_negatives=8)
+    assert len(of_kind(made, "general")) == 7
+    assert not [text for text in mixed_texts(made, tokenizer) if "good" in text]
+    assert not [ids for _, ids in made.foreign if "good" in tokenizer.decode(ids)]
+
+
+# --- queries that an older expert has kept -----------------------------------------------------
+
+
+def test_kept_queries_that_are_rows_of_the_task_are_counted(build):
+    task = made_task()
+    own = [row.messages for row in (*task.train[:2], *task.eval[:1])]
+    made = build(task, earlier={"qa": ([], [*own, *chats("qa", 4)]), "mt": ([], chats("mt", 2))})
+    assert made.claimed == {"qa": 3, "mt": 0}
