@@ -10,7 +10,7 @@
 It knows nothing of experts, chains, engines or HTTP servers. Types are JSON's own: neither `"5"`
 nor `true` is an integer. `null` means "left out", as OpenAI's clients use it. What a client asks
 for is done or refused, not dropped: fields that cannot change an answer (`user`, …) are ignored;
-of those that could (`tools`, `n`, …) only the value that asks for nothing is accepted.
+of those that could (`tools`, …) only the value that asks for nothing is accepted.
 Formats: https://platform.openai.com/docs/api-reference/chat, /completions, /models.
 """
 
@@ -20,10 +20,10 @@ import hmac
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypedDict, TypeVar, Unpack
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
@@ -31,6 +31,9 @@ from pydantic_core import from_json
 from see_ray.errors import ConfigError, RequestError
 
 Json = dict[str, Any]
+
+MOST_ANSWERS = 16
+"""Most answers to one request (`n`)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Sampling:
     top_p: float
     stop: tuple[str, ...]
     seed: int | None
+    logprobs: int | None = None  # how many of the likeliest tokens to name beside each; None: no log-probabilities
 
 
 class _Object(BaseModel):
@@ -134,7 +138,7 @@ class _Generation(_Object):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[Any, _only(1, why="a request gets one answer")] = None
+    n: int = Field(default=1, ge=1, le=MOST_ANSWERS)
     frequency_penalty: Annotated[Any, _only(0, why="penalties are not applied")] = None
     presence_penalty: Annotated[Any, _only(0, why="penalties are not applied")] = None
 
@@ -153,7 +157,8 @@ class ChatRequest(_Generation):
 
     messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    logprobs: Annotated[Any, _only(False, why="log-probabilities are not returned")] = None
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
     response_format: Annotated[Any, _only({"type": "text"}, why="answers are plain text")] = None
     tools: Annotated[Any, _only([], why="tools cannot be called")] = None
     functions: Annotated[Any, _only([], why="functions cannot be called")] = None
@@ -167,20 +172,33 @@ class ChatRequest(_Generation):
             raise RequestError(message, param="max_completion_tokens")
         return self
 
+    @model_validator(mode="after")
+    def _top_of_what_is_asked_for(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            message = f"top_logprobs: found {self.top_logprobs}, but logprobs is not true; set both"
+            raise RequestError(message, param="top_logprobs")
+        return self
+
     def chat(self) -> list[dict[str, str]]:
         """The messages as `{"role", "content"}`, for a chat template."""
         return [message.model_dump() for message in self.messages]
 
     def sampling(self) -> Sampling:
         """How to pick the tokens of this answer."""
-        return replace(super().sampling(), max_tokens=self.max_completion_tokens or self.max_tokens)
+        logprobs = self.top_logprobs if self.logprobs else None
+        return replace(super().sampling(), max_tokens=self.max_completion_tokens or self.max_tokens, logprobs=logprobs)
 
 
 class CompletionRequest(_Generation):
     """Body of `POST /v1/completions`."""
 
     prompt: Annotated[str, BeforeValidator(_one_prompt)]
+    logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: Annotated[Any, _only(False, why="the prompt is not repeated")] = None
+
+    def sampling(self) -> Sampling:
+        """How to pick the tokens of this answer."""
+        return replace(super().sampling(), logprobs=self.logprobs)
 
 
 class RouteRequest(_Object):
@@ -304,32 +322,85 @@ class Head(TypedDict):
     created: int
 
 
-def chat_body(*, text: str, finish_reason: str, usage: Json, see: Json, **head: Unpack[Head]) -> Json:
-    """The answer to a chat request; `see` is its trace."""
-    message = {"role": "assistant", "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-    return {**head, "object": "chat.completion", "choices": [choice], "usage": usage, "see": see}
+@dataclass(frozen=True)
+class Choice:
+    """One answer, or the next piece of one; the last piece has a finish reason.
+
+    Attributes:
+        index: which of a request's answers.
+        logprobs: as `chat_logprobs` or `completion_logprobs` gives them.
+    """
+
+    text: str
+    finish_reason: str | None = None
+    index: int = 0
+    logprobs: Json | None = None
 
 
-def chat_chunk(text: str, finish_reason: str | None = None, see: Json | None = None, **head: Unpack[Head]) -> Json:
-    """One piece of a streamed chat answer. The first carries the trace `see` (and with it the
+class TokenText(NamedTuple):
+    """A token as text, and its bytes, which need not be whole characters."""
+
+    text: str
+    bytes: bytes
+    logprob: float
+
+
+def chat_logprobs(tokens: Iterable[tuple[TokenText, Sequence[TokenText]]]) -> Json:
+    """The `logprobs` of a chat choice: each token, and the likeliest ones in its place."""
+
+    def one(token: TokenText) -> Json:
+        return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
+
+    content = [one(token) | {"top_logprobs": [one(other) for other in top]} for token, top in tokens]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(tokens: Iterable[tuple[TokenText, Sequence[TokenText]]], offset: int) -> Json:
+    """The `logprobs` of a completion choice, whose first token begins at character `offset` of the answer."""
+    body: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token, top in tokens:
+        body["tokens"].append(token.text)
+        body["token_logprobs"].append(token.logprob)
+        body["top_logprobs"].append({other.text: other.logprob for other in top})
+        body["text_offset"].append(offset)
+        offset += len(token.text)
+    return body
+
+
+def chat_body(*, choices: Iterable[Choice], usage: Json, see: Json, **head: Unpack[Head]) -> Json:
+    """The answers to a chat request; `see` is its trace."""
+    whole = [
+        {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": choice.logprobs,
+            "finish_reason": choice.finish_reason,
+        }
+        for choice in choices
+    ]
+    return {**head, "object": "chat.completion", "choices": whole, "usage": usage, "see": see}
+
+
+def chat_chunk(piece: Choice, see: Json | None = None, **head: Unpack[Head]) -> Json:
+    """One piece of a streamed chat answer. The first of each carries the trace `see` (and with it the
     role), the last `finish_reason`; one chunk may be both."""
-    delta = ({} if see is None else {"role": "assistant", "content": ""}) | ({"content": text} if text else {})
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    role = {} if see is None else {"role": "assistant", "content": ""}
+    delta = role | ({"content": piece.text} if piece.text else {})
+    choice = {"index": piece.index, "delta": delta, "logprobs": piece.logprobs, "finish_reason": piece.finish_reason}
     return _chunk("chat.completion.chunk", choice, see, head)
 
 
-def completion_body(*, text: str, finish_reason: str, usage: Json, see: Json, **head: Unpack[Head]) -> Json:
-    """The answer to a completion request; `see` is its trace."""
+def completion_body(*, choices: Iterable[Choice], usage: Json, see: Json, **head: Unpack[Head]) -> Json:
+    """The answers to a completion request; `see` is its trace."""
     # OpenAI gives a whole completion and a piece of a streamed one the same shape.
-    return completion_chunk(text, finish_reason, see, **head) | {"usage": usage}
+    pieces = [completion_chunk(choice, see, **head)["choices"][0] for choice in choices]
+    return {**head, "object": "text_completion", "choices": pieces, "usage": usage, "see": see}
 
 
-def completion_chunk(
-    text: str, finish_reason: str | None = None, see: Json | None = None, **head: Unpack[Head]
-) -> Json:
+def completion_chunk(piece: Choice, see: Json | None = None, **head: Unpack[Head]) -> Json:
     """One piece of a streamed completion. The first carries `see`, the last `finish_reason`."""
-    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    choice = {"index": piece.index, "text": piece.text}
+    choice |= {"logprobs": piece.logprobs, "finish_reason": piece.finish_reason}
     return _chunk("text_completion", choice, see, head)
 
 

@@ -54,6 +54,11 @@ class Asked:
     def accepted(self) -> bool:
         return self.p_accept is not None and self.p_accept >= self.threshold
 
+    @property
+    def decision(self) -> str:
+        """In words, for people and metrics."""
+        return "unavailable" if self.p_accept is None else "accept" if self.accepted else "pass"
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -84,7 +89,7 @@ class Trace:
                     "expert": asked.expert,
                     "p_accept": None if asked.p_accept is None else round(asked.p_accept, 6),
                     "threshold": round(asked.threshold, 6),
-                    "decision": "unavailable" if asked.p_accept is None else "accept" if asked.accepted else "pass",
+                    "decision": asked.decision,
                     "ms": round(asked.ms, 1),
                 }
                 for asked in self.asked

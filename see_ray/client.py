@@ -29,6 +29,9 @@ _T = TypeVar("_T")
 AT_ONCE = 8
 """Requests of `ask_all` and `route_all` under way at the same time."""
 
+PATIENCE_S = 120.0
+"""Seconds for which `ask_all` and `route_all` come again while the endpoint is too busy."""
+
 CONNECT_S, SILENCE_S = 5.0, 600.0
 """Seconds to wait for a connection, and for the next piece of an answer."""
 
@@ -114,9 +117,19 @@ def route_all(
 
 
 def _together(one: Callable[[str], _T], prompts: Sequence[str], on_done: Callable[[int, int], None]) -> list[_T]:
+    def patiently(prompt: str) -> _T:
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return one(prompt)
+            except RequestError as error:  # the endpoint says when to come again
+                if error.status != 429 or error.retry_after_s is None or time.monotonic() > until:
+                    raise
+                time.sleep(error.retry_after_s)
+
     done: list[_T] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for answer in pool.map(one, prompts):
+        for answer in pool.map(patiently, prompts):
             done.append(answer)
             on_done(len(done), len(prompts))
     return done
@@ -184,7 +197,11 @@ def _check(response: httpx.Response) -> None:
         raise ServingError(message)
     if response.status_code == 401:
         message += "; give --api-key or set SEE_API_KEY"
-    raise RequestError(message, response.status_code, str(error.get("type")), error.get("param"), error.get("code"))
+    again = response.headers.get("retry-after", "")
+    raise RequestError(
+        message, response.status_code, str(error.get("type")), error.get("param"), error.get("code"),
+        int(again) if again.isdigit() else None,
+    )  # fmt: skip
 
 
 def _json(response: httpx.Response) -> Json:

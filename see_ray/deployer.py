@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -43,6 +43,7 @@ class LiveExpert:
     threshold: float
     created: int
     app: str
+    activated: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,15 @@ class Live:
     pending: int | None = None
     spare: bool = False
     store_error: str | None = None
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether there are experts that go on from what the base model has read."""
+        return any(expert.activated for expert in self.experts)
+
+    def with_(self, **changes: Any) -> Live:
+        """The same but for some fields."""
+        return replace(self, **changes)
 
 
 def app_name(ref: ExpertRef) -> str:
@@ -101,7 +111,7 @@ class Deployer:
                 await asyncio.to_thread(self._look)
             except SeeError as error:  # what runs goes on running; the store may come back
                 logger.warning("expert store: %s", error)
-                self._live = _with(self._live, store_error=str(error))
+                self._live = self._live.with_(store_error=str(error))
             except Exception:
                 logger.exception("could not bring the applications in step with the expert store")
             await asyncio.sleep(self._config.serve.poll_s)
@@ -112,10 +122,10 @@ class Deployer:
         store = ExpertStore.open(self._config.store.url)
         head = store.head()
         if head.version != self._live.version:
-            self._live = _with(self._live, pending=head.version)
+            self._live = self._live.with_(pending=head.version)
             self._adopt(head, store)
         elif self._live.store_error or self._live.pending is not None:
-            self._live = _with(self._live, store_error=None, pending=None)
+            self._live = self._live.with_(store_error=None, pending=None)
         for name, since in list(self._unneeded.items()):
             if time.monotonic() - since > LINGER_S:
                 serve.delete(name, _blocking=False)
@@ -140,7 +150,7 @@ class Deployer:
         if all(status == "DELETING" for status in states.values()):
             name = f"{SPARE}{uuid.uuid4().hex[:6]}"
             _start([serve.RunTarget(replica_app(self._config, None, name), name=name, route_prefix=None)])
-        self._live = _with(self._live, spare="RUNNING" in states.values())
+        self._live = self._live.with_(spare="RUNNING" in states.values())
 
     def _spares(self, running: dict[str, Any]) -> dict[str, str]:
         """Status of each spare that no expert has taken over."""
@@ -162,7 +172,7 @@ class Deployer:
         for ref in missing[: len(spares)] if len(missing) <= len(spares) else []:  # all at once start as fast as one
             apps[ref.id] = spares.pop()
             self._taken[apps[ref.id]] = ref
-            self._live = _with(self._live, spare=False)
+            self._live = self._live.with_(spare=False)
         _start(
             [
                 serve.RunTarget(replica_app(self._config, ref), name=app_name(ref), route_prefix=None)
@@ -175,8 +185,8 @@ class Deployer:
         for ref in head.newest_first():
             if ref.id not in failed:
                 manifest = store.manifest(ref)
-                created = int(manifest.created_at.timestamp())
-                experts.append(LiveExpert(ref.name, ref.version, manifest.threshold, created, apps[ref.id]))
+                created, activated = int(manifest.created_at.timestamp()), manifest.form == "activated"
+                experts.append(LiveExpert(ref.name, ref.version, manifest.threshold, created, apps[ref.id], activated))
         self._live = Live(head.version, tuple(experts), failed, spare=self._live.spare)
         now = time.monotonic()
         ours = {name for name in serve.status().applications if name.startswith(EXPERT) or name in self._taken}
@@ -217,10 +227,6 @@ def _about(app: str) -> dict[str, Any] | None:
         return dict(serve.get_app_handle(app).about.remote().result(timeout_s=5))
     except (TimeoutError, RayServeException, ray.exceptions.RayError):
         return None
-
-
-def _with(live: Live, **changes: Any) -> Live:
-    return Live(**{**live.__dict__, **changes})
 
 
 def _reason(state: Any) -> str:

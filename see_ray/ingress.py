@@ -1,11 +1,11 @@
 """The ingress: HTTP requests in, answers out, the chain in between.
 
-    HTTP ──► Ingress ──► chain ──► expert, expert, … (each a Serve application of its own)
-                │                      └─ none accepts ─► generalist
-                └─ every second: Deployer.live() ─ in step with the expert store
+    HTTP ──► Ingress ──► topology ──► expert, expert, …
+                │                         └─ none accepts ─► generalist
+                └─ twice a second: what is live
 
-It checks and tokenizes the request, walks the chain over deployment handles, and passes the
-answer on piece by piece.
+It checks and tokenizes the request, has it routed and answered (`topology`), and passes the answer on piece by
+piece.
 """
 
 from __future__ import annotations
@@ -14,31 +14,74 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from see_ray import api
+from see_ray import api, metrics
 from see_ray.activation import encode_prompt
 from see_ray.base_model import context_length, find, load_tokenizer
-from see_ray.chain import GENERALIST, ExpertUnavailable, Link, Trace, named, walk
+from see_ray.chain import GENERALIST, Trace
 from see_ray.config import Config
 from see_ray.deployer import Live
+from see_ray.engine.text import token_texts
+from see_ray.ensemble import ENSEMBLE_APP
 from see_ray.errors import RequestError
-from see_ray.replica import GENERALIST_APP
+from see_ray.overload import Line
+from see_ray.topology import PerExpert, Shared, Topology
 
 logger = logging.getLogger("ray.serve")
 
 LIVE_EVERY_S = 0.5
-"""Seconds between the ingress's questions to the deployer."""
+"""Seconds between the ingress's questions what is live."""
+
+T = TypeVar("T")
 
 web = FastAPI(title="see_ray", docs_url=None, redoc_url=None, openapi_url=None)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How the two endpoints dress an answer."""
+
+    path: str
+    kind: Literal["chatcmpl", "cmpl"]
+    body: Callable[..., api.Json]
+    chunk: Callable[..., api.Json]
+    logprobs: Callable[[list[Any], int], api.Json]
+
+
+CHAT = _Shape(
+    "/v1/chat/completions", "chatcmpl", api.chat_body, api.chat_chunk, lambda tokens, _: api.chat_logprobs(tokens)
+)
+COMPLETION = _Shape("/v1/completions", "cmpl", api.completion_body, api.completion_chunk, api.completion_logprobs)
+
+
+class _Whole:
+    """One answer, put together of its pieces."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._pieces: list[api.Choice] = []
+
+    def add(self, piece: api.Choice, tokens: int) -> None:
+        self._pieces.append(piece)
+        self.tokens = tokens
+
+    def choice(self, index: int, shape: _Shape) -> api.Choice:
+        text = "".join(piece.text for piece in self._pieces)
+        parts = [piece.logprobs for piece in self._pieces if piece.logprobs is not None]
+        logprobs = {
+            key: [item for part in parts for item in part[key]] if isinstance(parts[0][key], list) else parts[0][key]
+            for key in (parts[0] if parts else ())
+        }
+        return api.Choice(text, self._pieces[-1].finish_reason, index, logprobs or None)
 
 
 class Ingress:
@@ -50,27 +93,36 @@ class Ingress:
     Args:
         config: the whole configuration, as JSON.
         keys: of which a request must bring one, if there are any.
-        deployer: handle of the :class:`Deployer`.
+        deployer: handle of the :class:`Deployer`; None in the `shared` topology.
     """
 
-    def __init__(self, config: dict[str, Any], keys: api.ApiKeys, deployer: DeploymentHandle):
+    def __init__(self, config: dict[str, Any], keys: api.ApiKeys, deployer: DeploymentHandle | None):
         self._config = Config.model_validate(config)
         self._keys = keys
         self._base = find(self._config.base_model)
         self._context = context_length(self._base, self._config.base_model)
         self._tokenizer = load_tokenizer(self._base)
-        self._deployer = deployer
+        settings = self._config.serve
+        self._topology: Topology = PerExpert(settings, deployer) if deployer else Shared(settings, ENSEMBLE_APP)
         self._live = Live()
-        self._handles: dict[str, DeploymentHandle] = {}
-        self._follow = asyncio.get_running_loop().create_task(self._follow_deployer())
+        self._line = Line(self._config.serve.max_wait_s)
+        self._follow = asyncio.get_running_loop().create_task(self._follow_live())
 
-    async def _follow_deployer(self) -> None:
+    async def _follow_live(self) -> None:
         while True:
             try:
-                self._live = await self._deployer.live.remote()
+                self._live = await self._topology.live()
+                self._show_state()
             except (RayServeException, ray.exceptions.RayError) as error:
-                logger.warning("the deployer does not answer, going on with what is live: %s", error)
+                logger.warning("cannot ask what is live, going on with what was: %s", error)
             await asyncio.sleep(LIVE_EVERY_S if self._live.version >= 0 else 0.1)
+
+    def _show_state(self) -> None:
+        metrics.show("see_sequence_version", self._live.version)
+        metrics.show("see_live_experts", len(self._live.experts))
+        metrics.show("see_failed_experts", len(self._live.failed))
+        metrics.show("see_waiting_requests", self._line.waiting)
+        metrics.show("see_expected_wait_seconds", self._line.expected_wait_s())
 
     # --- endpoints -----------------------------------------------------------------------
 
@@ -109,62 +161,100 @@ class Ingress:
         }
         return JSONResponse(body, status_code=200 if live.version >= 0 else 503)
 
+    @web.get("/metrics")
+    async def metrics(self, request: Request) -> Response:
+        return await self._guarded(request, self._metrics)
+
     # --- what they do --------------------------------------------------------------------
 
     async def _chat(self, request: Request) -> Response:
         body = api.parse(api.ChatRequest, await self._body(request), self._config.serve.max_body_bytes)
-        return await self._answer(body, body.chat(), "chatcmpl", api.chat_chunk, api.chat_body)
+        return await self._answer(body, body.chat(), CHAT)
 
     async def _completion(self, request: Request) -> Response:
         body = api.parse(api.CompletionRequest, await self._body(request), self._config.serve.max_body_bytes)
         # Experts know chats only, so a bare prompt is one user turn.
         chat = [{"role": "user", "content": body.prompt}]
-        return await self._answer(body, chat, "cmpl", api.completion_chunk, api.completion_body)
+        return await self._answer(body, chat, COMPLETION)
 
-    async def _answer(self, body: Any, chat: list[dict[str, str]], kind: Any, chunk: Any, whole: Any) -> Response:
-        prompt = self._encode(chat)
-        sampling = body.sampling()
-        max_tokens = self._room(len(prompt), sampling.max_tokens)
-        live = self._live  # one version for walk and answer, whatever joins or leaves meanwhile
-        trace = await self._find(live, api.parse_model(body.model), prompt, body.model)
-        answer = self._generate(live, trace.answered_by, prompt, max_tokens, sampling)
-        first = await anext(answer)  # what fails before the first piece is an HTTP error, not half an answer
-        head: api.Head = {"id": api.new_id(kind), "model": body.model, "created": int(time.time())}
+    async def _answer(self, body: Any, chat: list[dict[str, str]], shape: _Shape) -> Response:
+        began = time.perf_counter()
+        with self._line.turn():
+            prompt = self._encode(chat)
+            sampling = body.sampling()
+            max_tokens = self._room(len(prompt), sampling.max_tokens)
+            live = self._live  # one version for walk and answer
+            who = self._named(live, body.model)
+            trace, first_answer = await self._topology.answer(live, prompt, who, max_tokens, sampling)
+            answers = [first_answer]
+            for number in range(1, body.n):  # more answers, all by whom the chain has found
+                seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + number)
+                again = await self._topology.answer(live, prompt, trace.answered_by, max_tokens, seeded)
+                answers.append(again[1])
+            choices = _together([self._choices(answer, i, sampling, shape) for i, answer in enumerate(answers)])
+            first = await anext(choices)  # what fails before the first piece is an HTTP error, not half an answer
+        _count(trace)
+        metrics.observe("see_time_to_first_token_seconds", time.perf_counter() - began, answered_by=trace.answered_by)
+        head: api.Head = {"id": api.new_id(shape.kind), "model": body.model, "created": int(time.time())}
         headers = {"x-see-expert": trace.answered_by}
         if body.stream:
-            events = self._events(first, answer, trace, len(prompt), chunk, head, body.include_usage)
+            events = self._events(first, choices, trace, len(prompt), shape, head, body.include_usage, began)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        text, last = first.text, first
+        whole = {index: _Whole() for index in range(body.n)}
+        whole[first[0].index].add(*first)
+        async for choice, tokens in choices:
+            whole[choice.index].add(choice, tokens)
+        written = sum(one.tokens for one in whole.values())
+        self._finished(trace, len(prompt), written, shape.path, began)
+        usage = api.usage_body(prompt_tokens=len(prompt), completion_tokens=written)
+        made = [one.choice(index, shape) for index, one in whole.items()]
+        return JSONResponse(shape.body(choices=made, usage=usage, see=trace.body(), **head), headers=headers)
+
+    async def _choices(
+        self, answer: AsyncIterator[Any], index: int, sampling: api.Sampling, shape: _Shape
+    ) -> AsyncIterator[tuple[api.Choice, int]]:
+        """The pieces of one answer as choices, each with the tokens of the answer so far."""
+        length = 0
         async for piece in answer:
-            text, last = text + piece.text, piece
-        usage = api.usage_body(prompt_tokens=len(prompt), completion_tokens=last.tokens)
-        content = whole(text=text, finish_reason=last.finish_reason, usage=usage, see=trace.body(), **head)
-        return JSONResponse(content, headers=headers)
+            logprobs = None
+            if sampling.logprobs is not None:
+                logprobs = shape.logprobs(token_texts(piece.chosen, self._tokenizer), length)
+            yield api.Choice(piece.text, piece.finish_reason, index, logprobs), piece.tokens
+            length += len(piece.text)
 
     async def _events(
-        self, first: Any, answer: AsyncIterator[Any], trace: Trace, prompt_tokens: int, chunk: Any, head: api.Head,
-        include_usage: bool,
+        self, first: tuple[api.Choice, int], choices: AsyncIterator[tuple[api.Choice, int]], trace: Trace,
+        prompt_tokens: int, shape: _Shape, head: api.Head, include_usage: bool, began: float,
     ) -> AsyncIterator[str]:  # fmt: skip
-        last = chunk(first.text, first.finish_reason, see=trace.body(), **head)
-        tokens = first.tokens
+        last = shape.chunk(first[0], see=trace.body(), **head)
+        tokens = {first[0].index: first[1]}
         try:
             yield api.sse(last)
-            async for piece in answer:
-                last, tokens = chunk(piece.text, piece.finish_reason, **head), piece.tokens
+            async for choice, count in choices:
+                last = shape.chunk(choice, see=None if choice.index in tokens else trace.body(), **head)
+                tokens[choice.index] = count
                 yield api.sse(last)
             if include_usage:
-                usage = api.usage_body(prompt_tokens=prompt_tokens, completion_tokens=tokens)
+                usage = api.usage_body(prompt_tokens=prompt_tokens, completion_tokens=sum(tokens.values()))
                 yield api.sse(api.usage_chunk(last, usage))
         except Exception as error:
             yield api.sse(api.error_body(_as_request_error(error)))
+        finally:
+            self._finished(trace, prompt_tokens, sum(tokens.values()), shape.path, began)
         yield api.SSE_DONE
 
     async def _route(self, request: Request) -> Response:
         body = api.parse(api.RouteRequest, await self._body(request), self._config.serve.max_body_bytes)
-        prompt = self._encode(body.chat() or [{"role": "user", "content": body.prompt or ""}])
-        trace = await self._find(self._live, api.parse_model(body.model), prompt, body.model)
+        with self._line.turn():
+            prompt = self._encode(body.chat() or [{"role": "user", "content": body.prompt or ""}])
+            live = self._live
+            trace = await self._topology.route(live, prompt, self._named(live, body.model))
+        _count(trace)
         content = {"object": "see.trace", "model": body.model, "prompt_tokens": len(prompt), "see": trace.body()}
         return JSONResponse(content, headers={"x-see-expert": trace.answered_by})
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(await metrics.scrape(), media_type="text/plain; version=0.0.4")
 
     async def _list(self, request: Request) -> Response:
         return JSONResponse(api.models_body(self._entries()))
@@ -182,51 +272,28 @@ class Ingress:
         experts = [api.ModelEntry(f"see:{e.name}", e.created, base, "see:generalist") for e in self._live.experts]
         return [api.ModelEntry("see", created, base), *experts, api.ModelEntry("see:generalist", 0, base)]
 
-    # --- the walk and the answer ------------------------------------------------------------
+    def _finished(self, trace: Trace, prompt_tokens: int, tokens: int, path: str, began: float) -> None:
+        """An answer is over: count it, and leave a line in the log, which Serve gives the request's id."""
+        seconds = time.perf_counter() - began
+        metrics.observe("see_request_duration_seconds", seconds, path=path)
+        metrics.count("see_prompt_tokens_total", prompt_tokens, answered_by=trace.answered_by)
+        metrics.count("see_completion_tokens_total", tokens, answered_by=trace.answered_by)
+        logger.info(
+            "answered by %s (%s), sequence version %d: %d experts asked, %d prompt tokens, %d tokens, %.0f ms",
+            trace.answered_by, trace.reason, trace.sequence_version, len(trace.asked), prompt_tokens, tokens,
+            seconds * 1000,
+        )  # fmt: skip
 
-    async def _find(self, live: Live, target: api.Target, prompt: list[int], model: str) -> Trace:
+    def _named(self, live: Live, model: str) -> str | None:
+        """Who is to answer, if the model id says so; None: the chain decides."""
+        target = api.parse_model(model)
         if live.version < 0:
             raise RequestError("the endpoint is still starting; try again in a few seconds", 503, "server_error")
         if target.kind == "generalist":
-            return named(GENERALIST, live.version)
-        if target.expert is not None:
-            if target.expert not in [expert.name for expert in live.experts]:
-                raise api.unknown_model(model)
-            return named(target.expert, live.version)
-        links = [Link(expert.name, expert.threshold) for expert in live.experts]
-        apps = {expert.name: expert.app for expert in live.experts}
-
-        async def decide(name: str) -> float:
-            try:
-                return float(await self._handle(apps[name]).decide.remote(prompt))
-            except (DeploymentUnavailableError, ray.exceptions.ActorDiedError, ray.exceptions.NodeDiedError) as error:
-                raise ExpertUnavailable(f"{name} cannot be asked: {error}") from error
-
-        lookahead = self._config.serve.lookahead
-        return await walk(links, decide, lookahead=lookahead, sequence_version=live.version)
-
-    async def _generate(
-        self, live: Live, who: str, prompt: list[int], max_tokens: int, sampling: api.Sampling
-    ) -> AsyncIterator[Any]:
-        apps = {GENERALIST: GENERALIST_APP, **{expert.name: expert.app for expert in live.experts}}
-        handle = self._handle(apps[who]).options(stream=True)
-        response = handle.generate.remote(prompt, max_tokens, sampling)
-        deadline = time.monotonic() + self._config.serve.request_timeout_s
-        try:
-            while True:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    try:
-                        piece = await anext(response)
-                    except StopAsyncIteration:
-                        return
-                yield piece
-        finally:
-            response.cancel()  # a client that is gone frees its place at the replica
-
-    def _handle(self, app: str) -> DeploymentHandle:
-        if app not in self._handles:
-            self._handles[app] = serve.get_app_handle(app)
-        return self._handles[app]
+            return GENERALIST
+        if target.expert is not None and target.expert not in [expert.name for expert in live.experts]:
+            raise api.unknown_model(model)
+        return target.expert
 
     # --- requests ---------------------------------------------------------------------------
 
@@ -266,11 +333,35 @@ class Ingress:
         request_id = request.headers.get("x-request-id", "")  # Serve gives every request one, and sends it back
         try:
             self._keys.check(request.headers.get("authorization"))
-            return await act(request)
+            response = await act(request)
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            return _error_response(_as_request_error(error, request_id))
+            response = _error_response(_as_request_error(error, request_id))
+        path = request.scope["route"].path  # as declared, without what a client wrote into it
+        metrics.count("see_requests_total", path=path, status=str(response.status_code))
+        return response
+
+
+async def _together(answers: list[AsyncIterator[T]]) -> AsyncIterator[T]:
+    """What several iterators give, as it comes."""
+    waiting = {asyncio.ensure_future(anext(answer)): answer for answer in answers}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                answer = waiting.pop(task)
+                if isinstance(task.exception(), StopAsyncIteration):
+                    continue
+                item = task.result()
+                waiting[asyncio.ensure_future(anext(answer))] = answer
+                yield item
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for answer in answers:
+            await answer.aclose()  # type: ignore[attr-defined]
 
 
 @web.exception_handler(HTTPException)
@@ -279,13 +370,24 @@ async def _no_such_page(request: Request, error: HTTPException) -> Response:
     return _error_response(RequestError(message, error.status_code, code="unknown_url"))
 
 
+def _count(trace: Trace) -> None:
+    """Report a walk to the metrics."""
+    metrics.count("see_answers_total", answered_by=trace.answered_by, reason=trace.reason)
+    for asked in trace.asked:
+        metrics.count("see_decisions_total", expert=asked.expert, decision=asked.decision)
+        if asked.p_accept is not None:
+            metrics.observe("see_p_accept", asked.p_accept, expert=asked.expert)
+
+
 def _as_request_error(error: Exception, request_id: str = "") -> RequestError:
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
     if isinstance(error, RequestError):
         return error
     if isinstance(error, BackPressureError):
-        return RequestError("too many requests are waiting; try again in a second", 429, "rate_limit_error")
+        return RequestError(
+            "too many requests are waiting; try again in a second", 429, "rate_limit_error", code="overloaded"
+        )
     if isinstance(error, TimeoutError):
         return RequestError("the request took longer than serve.request_timeout_s", 408, "timeout_error")
     if isinstance(error, DeploymentUnavailableError | ray.exceptions.RayActorError):
@@ -295,5 +397,5 @@ def _as_request_error(error: Exception, request_id: str = "") -> RequestError:
 
 
 def _error_response(error: RequestError) -> Response:
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    headers = {"Retry-After": str(error.retry_after_s or 1)} if error.status in (429, 503) else {}
     return JSONResponse(api.error_body(error), status_code=error.status, headers=headers)

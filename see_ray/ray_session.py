@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from see_ray.config import FitConfig
-from see_ray.errors import ServingError
+from see_ray.config import Config, FitConfig
+from see_ray.errors import ConfigError, SeeError, ServingError
 
 WORKER_ENVIRONMENT = {
     # Ray would run workers at the lowest priority but four: threads that compute together then
@@ -28,6 +28,15 @@ def disconnect() -> None:
     ray.shutdown()
 
 
+def set_environment() -> None:
+    """Set what is not set yet of the environment that this process, and all that Ray starts from here, must share."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def connect() -> bool:
     """Connect this process to Ray; True if a new local Ray was started for it.
 
@@ -37,12 +46,7 @@ def connect() -> bool:
     Raises:
         ServingError: the cluster cannot be reached.
     """
-    # Read by this process and by all that Ray starts from here; they must agree.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-    for name, value in WORKER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     import ray
 
     if ray.is_initialized():
@@ -64,6 +68,20 @@ def connect() -> bool:
     return False
 
 
+def check_submitted(config: Config) -> None:
+    """Refuse a submitted job (`ray job submit`) whose experts would be lost with its working copy.
+
+    Raises:
+        ConfigError: `store.url` is a folder below the job's working directory.
+    """
+    place = config.store.url
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in place and not os.path.isabs(place):
+        raise ConfigError(
+            f"store.url is {place}, a folder inside this job's own copy of the working directory; other nodes and "
+            "later jobs do not see it: give a bucket (--store s3://…) or an absolute path that all nodes share"
+        )
+
+
 def with_gpu(config: FitConfig) -> bool:
     """Whether a fit's workers get a GPU each: as configured, else if the cluster has any."""
     import ray
@@ -76,3 +94,15 @@ def as_fit_worker(work: Callable[..., Any], config: FitConfig) -> Any:
     import ray
 
     return ray.remote(work).options(num_cpus=config.cpus_per_worker, num_gpus=int(with_gpu(config)), max_retries=2)
+
+
+def result_of(pending: Any) -> Any:
+    """Wait for a remote result; our own errors come back as themselves."""
+    import ray
+
+    try:
+        return ray.get(pending)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, SeeError):
+            raise error.cause from error
+        raise

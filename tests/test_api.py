@@ -179,7 +179,7 @@ def test_messages_out_of_shape_are_refused(messages, param):
 
 
 def test_an_answer_can_be_sent_back_as_history():
-    body = api.chat_body(id="i", model="see", created=1, text="A", finish_reason="stop", usage=USAGE, see={})
+    body = api.chat_body(id="i", model="see", created=1, choices=[api.Choice("A", "stop")], usage=USAGE, see={})
     answer = ChatCompletion.model_validate(body).choices[0].message.model_dump()
     assert chat(messages=[USER, answer, USER]).chat()[1] == {"role": "assistant", "content": "A"}
 
@@ -294,14 +294,9 @@ def test_fields_without_effect_are_ignored(field):
 @pytest.mark.parametrize(
     ("field", "accepted", "other"),
     [
-        ("n", 1, 2),
-        ("n", 1, True),
-        ("n", 1, "1"),
         ("frequency_penalty", 0, 0.5),
         ("presence_penalty", 0.0, -1),
         ("presence_penalty", 0, False),
-        ("logprobs", False, True),
-        ("logprobs", False, 0),
         ("response_format", {"type": "text"}, {"type": "json_object"}),
         ("tools", [], [{"type": "function"}]),
         ("functions", [], [{"name": "f"}]),
@@ -314,8 +309,35 @@ def test_what_is_not_supported_is_accepted_only_where_it_asks_for_nothing(field,
     assert "not supported" in error.message
 
 
-def test_n_names_the_number_and_what_is_supported():
-    assert "3 is not supported, only 1" in refused(chat, n=3).message
+def test_log_probabilities_of_a_chat_are_openais():
+    paris, lyon = api.TokenText("Paris", b"Paris", -0.1), api.TokenText("\ufffd", b"\xf0", -2.0)
+    logprobs = api.chat_logprobs([(paris, [paris, lyon])])
+    body = api.chat_body(choices=[api.Choice("Paris", "stop", 0, logprobs)], usage=USAGE, see=TRACE, **HEAD)
+    parsed = ChatCompletion.model_validate(body, strict=True).choices[0].logprobs
+    assert [(token.token, token.logprob, token.bytes) for token in parsed.content] == [("Paris", -0.1, [*b"Paris"])]
+    assert [top.bytes for top in parsed.content[0].top_logprobs] == [[*b"Paris"], [0xF0]]
+
+
+def test_log_probabilities_of_a_completion_say_where_each_token_begins():
+    tokens = [(api.TokenText(text, text.encode(), -0.5), []) for text in ("Par", "is")]
+    body = api.completion_body(
+        choices=[api.Choice("Paris", "stop", 0, api.completion_logprobs(tokens, 4))], usage=USAGE, see=TRACE, **HEAD
+    )
+    parsed = Completion.model_validate(body, strict=True).choices[0].logprobs
+    assert (parsed.tokens, parsed.text_offset, parsed.token_logprobs) == (["Par", "is"], [4, 7], [-0.5, -0.5])
+
+
+def test_top_logprobs_without_logprobs_are_refused():
+    assert refused(chat, top_logprobs=3).param == "top_logprobs"
+
+
+def test_several_answers_stand_in_one_body():
+    made = [api.Choice("A", "stop", 0), api.Choice("B", "length", 1)]
+    parsed = ChatCompletion.model_validate(api.chat_body(choices=made, usage=USAGE, see=TRACE, **HEAD), strict=True)
+    assert [(c.index, c.message.content, c.finish_reason) for c in parsed.choices] == [
+        (0, "A", "stop"),
+        (1, "B", "length"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -456,7 +478,7 @@ def extras(model) -> dict:
 
 
 def test_a_chat_body_is_openais_with_the_trace_added():
-    body = api.chat_body(text="Hello", finish_reason="stop", usage=USAGE, see=TRACE, **HEAD)
+    body = api.chat_body(choices=[api.Choice("Hello", "stop")], usage=USAGE, see=TRACE, **HEAD)
     parsed = ChatCompletion.model_validate(body, strict=True)
     assert (parsed.id, parsed.model, parsed.created) == ("chatcmpl-1", "see", 1_700_000_000)
     assert (parsed.choices[0].message.content, parsed.choices[0].finish_reason) == ("Hello", "stop")
@@ -467,7 +489,7 @@ def test_a_chat_body_is_openais_with_the_trace_added():
 
 
 def test_a_completion_body_is_openais_with_the_trace_added():
-    body = api.completion_body(text="Hello", finish_reason="length", usage=USAGE, see=TRACE, **HEAD)
+    body = api.completion_body(choices=[api.Choice("Hello", "length")], usage=USAGE, see=TRACE, **HEAD)
     parsed = Completion.model_validate(body, strict=True)
     assert (parsed.choices[0].text, parsed.choices[0].finish_reason) == ("Hello", "length")
     assert parsed.choices[0].model_fields_set == {"index", "text", "logprobs", "finish_reason"}
@@ -478,7 +500,7 @@ def test_a_completion_body_is_openais_with_the_trace_added():
 
 @pytest.mark.parametrize(("text", "reason", "see"), [("", None, TRACE), ("a", None, None), ("", "stop", None)])
 def test_a_chat_chunk_is_openais(text, reason, see):
-    parsed = ChatCompletionChunk.model_validate(api.chat_chunk(text, reason, see, **HEAD), strict=True)
+    parsed = ChatCompletionChunk.model_validate(api.chat_chunk(api.Choice(text, reason), see, **HEAD), strict=True)
     assert parsed.choices[0].finish_reason == reason
     assert parsed.choices[0].model_fields_set == {"index", "delta", "logprobs", "finish_reason"}
     assert "usage" in parsed.model_fields_set
@@ -488,19 +510,19 @@ def test_a_chat_chunk_is_openais(text, reason, see):
 
 
 def test_an_empty_trace_still_marks_the_first_chunk():
-    chunk = api.chat_chunk("", see={}, **HEAD)
+    chunk = api.chat_chunk(api.Choice(""), see={}, **HEAD)
     assert chunk["choices"][0]["delta"]["role"] == "assistant"
     assert chunk["see"] == {}
 
 
 def test_the_last_completion_chunk_is_openais():
-    parsed = Completion.model_validate(api.completion_chunk("a", "stop", **HEAD), strict=True)
+    parsed = Completion.model_validate(api.completion_chunk(api.Choice("a", "stop"), **HEAD), strict=True)
     assert parsed.choices[0].text == "a"
     assert extras(parsed) == {}
 
 
 def test_a_usage_chunk_has_usage_and_no_choices():
-    last = api.chat_chunk("", "stop", TRACE, **HEAD)
+    last = api.chat_chunk(api.Choice("", "stop"), TRACE, **HEAD)
     parsed = ChatCompletionChunk.model_validate(api.usage_chunk(last, USAGE), strict=True)
     assert parsed.id == "chatcmpl-1"
     assert parsed.choices == []
@@ -556,14 +578,14 @@ async def answer(http: HttpRequest) -> JSONResponse | StreamingResponse:
         return JSONResponse(api.error_body(error), status_code=error.status)
 
     async def events():
-        yield api.sse(chunk("", see=TRACE, **HEAD))
+        yield api.sse(chunk(api.Choice(""), see=TRACE, **HEAD))
         for piece in PIECES:
-            yield api.sse(chunk(piece, **HEAD))
+            yield api.sse(chunk(api.Choice(piece), **HEAD))
         if request.seed == 13:
             yield api.sse(api.error_body(RequestError("the engine broke", 500, "server_error", code="engine")))
             yield api.SSE_DONE
             return
-        last = chunk("", "stop", **HEAD)
+        last = chunk(api.Choice("", "stop"), **HEAD)
         yield api.sse(last)
         if request.include_usage:
             yield api.sse(api.usage_chunk(last, USAGE))
@@ -630,7 +652,7 @@ def test_openais_client_knows_our_errors(client):
         client.completions.create(model="gpt-4o", prompt="Hi")
     assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model="see", messages=[USER], n=2)
+        client.chat.completions.create(model="see", messages=[USER], n=99)
     assert bad.value.param == "n"
     with pytest.raises(openai.AuthenticationError) as denied:
         client.chat.completions.create(model="see", messages=[USER], extra_headers={"Authorization": "Bearer no"})
