@@ -1,0 +1,142 @@
+"""A summary as files: report.json, report.md, and the pictures beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from see_ray.chain import GENERALIST
+from see_ray.evaluate import pictures
+from see_ray.evaluate.asking import write_json
+from see_ray.evaluate.claims import claims
+
+PICTURES = {
+    "matrix.png": "R of each method: a row for each task learned, a column for each task asked",
+    "ar.png": "mean score on the tasks learned so far, after each task",
+    "confusion.png": "whose query it was, and who answered, after the last task",
+    "decisions.png": "P(accept) of each expert on its own, other tasks' and nobody's queries; dashed: its threshold",
+    "roc.png": "queries of the tasks against queries of nobody, over all thresholds together",
+    "cost.png": "rows fitted on for each arriving task",
+}
+
+
+def write_report(summary: dict[str, Any], about: dict[str, Any], folder: Path) -> str:
+    """Write report.json, report.md and the pictures; returns the text of report.md.
+
+    Args:
+        summary: of `results.summary`.
+        about: what was run, by name; the first lines of the report.
+        folder: made if absent.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = pictures.draw(summary, folder)
+    text = markdown(summary, about, drawn)
+    write_json(folder / "report.json", {"about": about, **summary})
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def markdown(summary: dict[str, Any], about: dict[str, Any], drawn: Sequence[str]) -> str:
+    """The report as Markdown."""
+    methods, tasks = summary["methods"], summary["tasks"]
+    parts = ["# Report", _listing(about), "## Quality", _quality(methods)]
+    if len(methods) > 1 and (found := claims(methods)):
+        rows = [[claim.sentence, claim.found, "yes" if claim.holds else "**no**"] for claim in found]
+        parts += ["## Claims about SEE", _table(["claim", "found", "holds"], rows)]
+    if any("routing_accuracy" in body["figures"] for body in methods.values()):
+        parts += ["## Routing", _routing(methods)]
+    if any("rows" in body for body in methods.values()):
+        parts += ["## Cost of each arriving task", _cost(methods, tasks)]
+    if kept_out := [f"- {name}: {why}" for name, body in methods.items() for why in body["set_aside"]]:
+        parts += ["## Set aside by the gate", "\n".join(kept_out)]
+    parts += ["## Scores after the last task", _scores(methods, summary["kinds"])]
+    for name, body in methods.items():
+        parts += [f"## R of {name}", _matrix(body["matrix"], tasks)]
+        if "confusion" in body:
+            parts += [f"Who answered whose queries, after the last task ({name}):", _confusion(body["confusion"])]
+    parts += [f"![{PICTURES[file]}]({file})" for file in drawn]
+    return "\n\n".join(parts) + "\n"
+
+
+def _listing(about: dict[str, Any]) -> str:
+    return "\n".join(
+        f"- {name}: {value if isinstance(value, str) else json.dumps(value)}" for name, value in about.items()
+    )
+
+
+def _quality(methods: dict[str, Any]) -> str:
+    head = ["method", "seeds", "AR", "BWT", "FWT"]
+    rows = [
+        [name, str(len(body["seeds"])), *(_points(body["figures"].get(key)) for key in ("ar", "bwt", "fwt"))]
+        for name, body in methods.items()
+    ]
+    return "Points from 0 to 100; ± is the standard deviation over seeds.\n\n" + _table(head, rows)
+
+
+def _routing(methods: dict[str, Any]) -> str:
+    routed = {name: body["figures"] for name, body in methods.items() if "routing_accuracy" in body["figures"]}
+    sources = [key for key in dict.fromkeys(k for f in routed.values() for k in f) if key.endswith(f" to {GENERALIST}")]
+    head = ["method", "right expert", "own to generalist", *sources, "AUROC"]
+    keys = ["routing_accuracy", "own_to_generalist", *sources]
+    rows = [
+        [name, *(_points(figures.get(key)) for key in keys), _number(figures.get("auroc"))]
+        for name, figures in routed.items()
+    ]
+    return "Per cent of queries; AUROC of telling the tasks' queries from nobody's.\n\n" + _table(head, rows)
+
+
+def _cost(methods: dict[str, Any], tasks: Sequence[str]) -> str:
+    costly = {name: body for name, body in methods.items() if "rows" in body}
+    head = ["method", "rows fitted on, task by task", "seconds, task by task", "rows of the last to the first task"]
+    rows = [
+        [
+            name,
+            ", ".join(f"{count:.0f}" for count in body["rows"]),
+            ", ".join(f"{seconds:.0f}" for seconds in body["seconds"]),
+            f"{body['rows'][-1] / body['rows'][0]:.1f}×" if body["rows"][0] else "–",
+        ]
+        for name, body in costly.items()
+    ]
+    return f"Tasks arrive in the order {', '.join(tasks)}.\n\n" + _table(head, rows)
+
+
+def _scores(methods: dict[str, Any], kinds: dict[str, str]) -> str:
+    head = ["method", *(f"{task} ({kind})" for task, kind in kinds.items())]
+    rows = [
+        [name, *(_points(body["scores"][task][kind]) for task, kind in kinds.items())] for name, body in methods.items()
+    ]
+    return _table(head, rows)
+
+
+def _matrix(matrix: Sequence[Sequence[float]], tasks: Sequence[str]) -> str:
+    names = ["nothing", *tasks]
+    rows = [[name, *(f"{100 * value:.1f}" for value in row)] for name, row in zip(names, matrix, strict=True)]
+    return _table(["after learning", *tasks], rows)
+
+
+def _confusion(counts: dict[str, dict[str, int]]) -> str:
+    owners, answerers = pictures.classes(counts)
+    rows = [[owner, *(str(counts[owner].get(who, 0)) for who in answerers)] for owner in owners]
+    return _table(["query of", *answerers], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _points(value: dict[str, float | None] | None) -> str:
+    return _spread(value, lambda number: f"{100 * number:.1f}")
+
+
+def _number(value: dict[str, float | None] | None) -> str:
+    return _spread(value, lambda number: f"{number:.3f}")
+
+
+def _spread(value: dict[str, float | None] | None, write: Callable[[float], str]) -> str:
+    if value is None or value["mean"] is None:
+        return "–"
+    spread = value["spread"]
+    return write(value["mean"]) + (f" ± {write(spread)}" if spread is not None else "")
