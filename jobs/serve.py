@@ -1,0 +1,50 @@
+"""Start the endpoint on a running cluster; it stays up when this job has ended.
+
+Where it runs already nothing changes: the job says what is live, so it may be submitted again at any time.
+Exit code 0 once every expert of the store is live; a new one is picked up by the endpoint itself.
+
+    ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
+        python jobs/serve.py --store s3://bucket/experts --host 0.0.0.0
+    (and with --stop: it is taken down)
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from see_ray.cli import base_model_option, configured, run
+
+if TYPE_CHECKING:
+    from see_ray.config import Config
+
+
+@click.command()
+@click.option("--host", help="Address that every node binds. [serve.host: 127.0.0.1]")
+@click.option("--port", type=int, help="TCP port on every node. [serve.port: 8000]")
+@click.option("--stop", "stopping", is_flag=True, help="Take the endpoint down.")
+@configured
+@base_model_option
+def main(config: Config, stopping: bool) -> None:
+    """Serve the live experts behind one OpenAI-compatible endpoint."""
+    from see_ray import ray_session, serving, terminal
+
+    ray_session.check_submitted(config)
+    with terminal.TerminalListener() as listener:
+        ray_session.connect()
+        if stopping:
+            return serving.stop()
+        listener.step("Starting the endpoint, unless it runs")
+        if not serving.running():
+            serving.start(config)
+    live = serving.live()
+    names = [f"{expert.name}@{expert.version}" for expert in live.experts]
+    click.echo(f"sequence version {live.version}; experts, in the order asked: {', '.join(names) or 'none yet'}")
+    if live.failed:
+        sys.exit("\n".join(f"not running: {expert}: {reason}" for expert, reason in live.failed.items()))
+
+
+if __name__ == "__main__":
+    run(main)

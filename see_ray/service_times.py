@@ -1,0 +1,108 @@
+"""Measuring the service times that the model in `simulate` works with.
+
+With an engine in this process, on as many threads as a replica has, and nothing else to do: work, not queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from see_ray.activation import encode_prompt
+from see_ray.base_model import cache_dir, find, load_tokenizer
+from see_ray.config import Config
+from see_ray.errors import ServingError
+from see_ray.simulate import Times
+from see_ray.store import ExpertStore
+
+MANY = 8
+"""Experts that decide, and answers that are written, together, to see what each more costs."""
+
+REPEATS = 5
+
+
+def measure(config: Config, texts: Sequence[str], *, tokens: int, hop: float, start: float, node: float) -> Times:
+    """Service times of one replica.
+
+    Args:
+        config: base model, store (which must hold an expert) and threads of a replica.
+        texts: queries of the load, all different.
+        tokens: length of the answers.
+        hop, start, node: passed on; see :class:`Times`.
+
+    Raises:
+        ServingError: no expert is live.
+    """
+    import torch
+
+    from see_ray.engine.embedded import EmbeddedEngine
+    from see_ray.engine.interface import Expert
+    from see_ray.replica import activation_of_manifest
+
+    torch.set_num_threads(config.serve.replica_threads or 1)
+    store = ExpertStore.open(config.store.url)
+    if not (live := store.head().experts):
+        raise ServingError(f"{store.url} has no live expert to measure; teach one with `see learn`")
+    manifest = store.manifest(live[-1])
+    base = find(config.base_model)
+    folder = store.fetch(live[-1], cache_dir(config.base_model) / "experts")
+    engine = EmbeddedEngine(base, config.base_model)
+    names = [f"copy{number}" for number in range(MANY)]
+    for name in names:
+        engine.load(Expert(name, folder, activation_of_manifest(manifest)))
+    tokenizer: Any = load_tokenizer(base)
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+
+    def decided(prompt: list[int], experts: list[str]) -> Callable[[], Any]:
+        return lambda: asyncio.run(engine.decide(prompt, experts))
+
+    def answered(count: int, most: int) -> Callable[[], Any]:
+        async def answers() -> None:
+            await asyncio.gather(*(one() for _ in range(count)))
+
+        async def one() -> None:
+            async for _ in engine.generate(prompts[0], None, most):
+                pass
+
+        return lambda: asyncio.run(answers())
+
+    decided(prompts[0], names)()
+    # What was decided is remembered: each of these asks for something new.
+    half = len(prompts) // 2
+    new = statistics.median(_seconds(decided(prompt, names[:1])) for prompt in prompts[1:half])
+    decide = statistics.median(_seconds(decided(prompts[1], [name])) for name in names[1:])
+    together = statistics.median(_seconds(decided(prompt, names)) for prompt in prompts[half:])
+    token = (_median(answered(1, 1 + tokens)) - _median(answered(1, 1))) / tokens
+    many = (_median(answered(MANY, 1 + tokens)) - _median(answered(MANY, 1))) / tokens
+    return Times(
+        read=max(0.0, new - decide),
+        decide=decide,
+        decide_more=max(0.0, together - new) / (MANY - 1),
+        token=max(0.0, token),
+        token_more=max(0.0, many - token) / (MANY - 1),
+        hop=hop,
+        start=start,
+        node=node,
+    )
+
+
+def hop_s(app: str) -> float:
+    """Seconds of a call to a deployment that has nothing to do, there and back."""
+    from ray import serve
+
+    handle = serve.get_app_handle(app)
+    handle.about.remote().result()
+    return _median(lambda: handle.about.remote().result(), 20)
+
+
+def _median(work: Callable[[], Any], repeats: int = REPEATS) -> float:
+    return statistics.median(_seconds(work) for _ in range(repeats))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

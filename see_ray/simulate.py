@@ -1,0 +1,314 @@
+"""A model of the endpoint in simulated time: how it would do with experts, nodes and load that are not here.
+
+    arrivals ──► line (overload.Line) ──► walk over deployments ──► answer
+                                             each: replicas ◄── autoscaling ◄── nodes
+
+A discrete-event simulation (simpy) with service times that were measured. A replica is what the engine is: one
+thread that takes its work in order, answers written together a token a step. `per_expert` asks one deployment
+after another, each of which reads the prompt itself; `shared` reads once and decides for all in one pass.
+What comes out has the form of a measured run, so that the two can be compared (`jobs/simulate.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import simpy
+
+from see_ray.errors import RequestError
+from see_ray.load import Arrival, Outcome
+from see_ray.load_report import Run, Second
+from see_ray.overload import Line
+
+Steps = Generator[Any, Any, Any]
+GENERALIST = "generalist"
+
+SLICE_S = 0.1
+"""Seconds for which work holds a processor before others take their turn."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of work, on one replica's thread unless said otherwise.
+
+    Attributes:
+        read: reading a prompt, without its end (the prefix).
+        decide: one expert's decision over a prefix.
+        decide_more: each further expert's in the same pass.
+        token: a step of one answer; `token_more`: each further answer in the step.
+        hop: through a deployment handle, without work for a replica.
+        start: of a processor, until a replica that is asked for answers; `node`: until a node is there.
+    """
+
+    read: float
+    decide: float
+    decide_more: float
+    token: float
+    token_more: float
+    hop: float
+    start: float
+    node: float
+
+
+@dataclass(frozen=True)
+class Design:
+    """How the endpoint is built and may scale; the names are those of `config.ServeConfig`.
+
+    `cores`: processors of all nodes together where they are one machine, on which replicas wait for each other;
+    0: every replica has its own.
+    """
+
+    topology: Literal["per_expert", "shared"]
+    experts: tuple[str, ...]
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing_requests: float = 4
+    look_back_s: float = 30
+    upscale_delay_s: float = 30
+    downscale_delay_s: float = 600
+    lookahead: int = 1
+    max_wait_s: float = 20
+    replicas_per_node: int = 1
+    max_nodes: int = 1 << 30
+    cores: int = 0
+    tokens: int = 8
+
+
+def simulate(coming: Sequence[Arrival], times: Times, design: Design, seconds: float, name: str = "") -> Run:
+    """Run arrivals through the model.
+
+    Args:
+        coming: their `kind` says who will accept: an expert's name; anything else is the generalist's.
+        seconds: length of the load; the run goes on until the last answer.
+        name: of the profile, for the report.
+    """
+    world = _World(times, design)
+    world.env.process(world.load(coming))
+    world.env.process(world.watch())
+    world.env.run(until=world.over(len(coming)))
+    return Run(name, f"simulated {design.topology}", seconds, world.outcomes, world.looks)
+
+
+class _World:
+    """Everything that goes on in simulated time."""
+
+    def __init__(self, times: Times, design: Design):
+        self.env = simpy.Environment()
+        self.times, self.design = times, design
+        self.cores = simpy.Resource(self.env, design.cores) if design.cores else None
+        names = [*design.experts, GENERALIST] if design.topology == "per_expert" else ["shared"]
+        self.deployments = {name: _Deployment(self, name) for name in names}
+        self.line = Line(design.max_wait_s, lambda: self.env.now)
+        self.outcomes: list[Outcome] = []
+        self.looks: list[Second] = []
+        self._all = self.env.event()
+        self._expected = 0
+
+    def over(self, expected: int) -> simpy.Event:
+        """Happens once so many have an outcome."""
+        self._expected = expected
+        if expected == 0:
+            self._all.succeed()
+        return self._all
+
+    def load(self, coming: Sequence[Arrival]) -> Steps:
+        for arrival in coming:
+            yield self.env.timeout(max(0.0, arrival.at - self.env.now))
+            self.env.process(self._request(arrival))
+
+    def _request(self, arrival: Arrival) -> Steps:
+        who = arrival.kind if arrival.kind in self.design.experts else GENERALIST
+        status, retry = 200, None
+        try:
+            with self.line.turn():
+                done = yield from self._first_token(who)
+            yield done
+        except RequestError as error:
+            status, retry = error.status, error.retry_after_s
+        seconds = self.env.now - arrival.at
+        self.outcomes.append(Outcome(arrival.at, arrival.kind, 0.0, status, seconds, who, retry))
+        if len(self.outcomes) == self._expected:
+            self._all.succeed()
+
+    def _first_token(self, who: str) -> Steps:
+        """The walk, and the answer's first step; gives the event of the answer's end."""
+        times, design = self.times, self.design
+        if design.topology == "shared":
+            decide = times.decide + times.decide_more * max(0, len(design.experts) - 1)
+            replica = yield from self.deployments["shared"].ask(times.read + (decide if design.experts else 0))
+            return (yield from self.deployments["shared"].answer(replica, 0.0))
+        asked = design.experts if who == GENERALIST else design.experts[: design.experts.index(who) + 1]
+        replica = None
+        for start in range(0, len(asked), design.lookahead):
+            group = [
+                self.env.process(self.deployments[name].ask(times.read + times.decide))
+                for name in asked[start : start + design.lookahead]
+            ]
+            yield self.env.all_of(group)
+            replica = group[-1].value
+        # The winner has read the prompt already, if the answer goes to the replica that decided.
+        deployment = self.deployments[who]
+        return (yield from deployment.answer(replica, times.read) if replica is None or who == GENERALIST
+                else deployment.answer(replica, 0.0))  # fmt: skip
+
+    def busy(self, seconds: float) -> Steps:
+        """Work on a processor: on one of the machine's where replicas share it, else on one of its own."""
+        if self.cores is None:
+            yield self.env.timeout(seconds)
+            return
+        while seconds > 0:  # in slices, as an operating system lets them take turns
+            with self.cores.request() as core:
+                yield core
+                yield self.env.timeout(min(seconds, SLICE_S))
+            seconds -= SLICE_S
+
+    def watch(self) -> Steps:
+        while True:
+            running = {name: len(d.replicas) for name, d in self.deployments.items()}
+            self.looks.append(Second(self.env.now, self.nodes(), running))
+            yield self.env.timeout(1)
+
+    def nodes(self) -> int:
+        """Nodes that the replicas, running and starting, take."""
+        held = sum(len(d.replicas) + d.starting for d in self.deployments.values())
+        return math.ceil(held / self.design.replicas_per_node)
+
+
+class _Deployment:
+    """Replicas of one application, and who wants how many of them."""
+
+    def __init__(self, world: _World, name: str):
+        self.world, self.name = world, name
+        self.replicas = [_Replica(world) for _ in range(world.design.min_replicas)]
+        self.starting = 0
+        self.ongoing = 0
+        self._waiting: list[simpy.Event] = []
+        if world.design.max_replicas > world.design.min_replicas:
+            world.env.process(self._autoscale())
+
+    def ask(self, seconds: float) -> Steps:
+        """Work of so many seconds at the replica that has least to do; gives the replica."""
+        self.ongoing += 1
+        try:
+            yield self.world.env.timeout(self.world.times.hop)
+            replica = yield from self._chosen()
+            yield replica.work(seconds)
+            return replica
+        finally:
+            self.ongoing -= 1
+
+    def answer(self, replica: _Replica | None, before: float) -> Steps:
+        """An answer's first token, after so many seconds of reading; gives the event of its last one."""
+        self.ongoing += 1
+        yield self.world.env.timeout(self.world.times.hop)
+        if replica is None or replica not in self.replicas:
+            replica = yield from self._chosen()
+        yield replica.work(before + self.world.times.decide)  # the accept token, then the first of the answer
+        done = replica.write(self.world.design.tokens - 1)
+        done.callbacks.append(lambda event: self._end())
+        return done
+
+    def _end(self) -> None:
+        self.ongoing -= 1
+
+    def _chosen(self) -> Steps:
+        while not self.replicas:
+            event = self.world.env.event()
+            self._waiting.append(event)
+            yield event
+        return min(self.replicas, key=lambda replica: replica.load())
+
+    def _autoscale(self) -> Steps:
+        """As Serve does it: ongoing requests, averaged, over the target; a wish must last before it is granted."""
+        env, design = self.world.env, self.world.design
+        every = min(1.0, design.look_back_s / 3)
+        seen: list[float] = []
+        up = down = 0.0
+        while True:
+            yield env.timeout(every)
+            seen = [*seen, self.ongoing][-max(1, round(design.look_back_s / every)) :]
+            wanted = math.ceil(sum(seen) / len(seen) / design.target_ongoing_requests)
+            wanted = min(max(wanted, design.min_replicas), design.max_replicas)
+            have = len(self.replicas) + self.starting
+            up, down = (up + every if wanted > have else 0.0), (down + every if wanted < have else 0.0)
+            if not have and self.ongoing:
+                wanted, up = max(1, wanted), math.inf  # from zero at once
+            if wanted > have and up >= design.upscale_delay_s:
+                for _ in range(wanted - have):
+                    self.starting += 1
+                    env.process(self._start())
+                up = 0.0
+            elif wanted < len(self.replicas) and down >= design.downscale_delay_s:
+                del self.replicas[wanted:]  # what they have to do yet, they do
+                down = 0.0
+
+    def _start(self) -> Steps:
+        world = self.world
+        new_node = world.nodes() > math.ceil((sum(len(d.replicas) + d.starting for d in world.deployments.values()) - 1)
+                                             / world.design.replicas_per_node)  # fmt: skip
+        if new_node:
+            yield world.env.timeout(world.times.node)
+        yield from world.busy(world.times.start)
+        self.starting -= 1
+        if world.nodes() <= world.design.max_nodes:
+            self.replicas.append(_Replica(world))
+            for event in self._waiting:
+                event.succeed()
+            self._waiting = []
+
+
+class _Replica:
+    """One thread that does its work in order, and goes on with all answers together in between."""
+
+    def __init__(self, world: _World):
+        self.world = world
+        self._work: simpy.Store = simpy.Store(world.env)
+        self._writing: list[list[Any]] = []  # [tokens left, event]
+        self._waiting = 0
+        self._stepping = False
+        world.env.process(self._run())
+
+    def load(self) -> int:
+        return self._waiting + len(self._writing)
+
+    def work(self, seconds: float) -> simpy.Event:
+        """Put work in; the event happens when it is done."""
+        event = self.world.env.event()
+        self._waiting += 1
+        self._work.put((seconds, event))
+        return event
+
+    def write(self, tokens: int) -> simpy.Event:
+        """So many more tokens of an answer; the event happens with the last."""
+        event = self.world.env.event()
+        if tokens <= 0:
+            return event.succeed()
+        self._writing.append([tokens, event])
+        if not self._stepping:
+            self._stepping = True
+            self._work.put((None, None))
+        return event
+
+    def _run(self) -> Steps:
+        times = self.world.times
+        while True:
+            seconds, event = yield self._work.get()
+            step = list(self._writing) if event is None else []
+            if event is None:
+                seconds = times.token + times.token_more * (len(step) - 1)
+            yield from self.world.busy(seconds)
+            if event is not None:
+                self._waiting -= 1
+                event.succeed()
+                continue
+            for answer in step:
+                answer[0] -= 1
+                if answer[0] == 0:
+                    answer[1].succeed()
+            self._writing = [answer for answer in self._writing if answer[0] > 0]
+            self._stepping = bool(self._writing)
+            if self._stepping:
+                self._work.put((None, None))

@@ -1,0 +1,90 @@
+"""The model against what queueing theory says, and against itself."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from see_ray.load import arrivals
+from see_ray.simulate import Design, Times, _Replica, _World, simulate
+
+QUICK = Times(read=0.2, decide=0.1, decide_more=0.01, token=0.05, token_more=0.01, hop=0.005, start=5, node=20)
+ONE = Design("shared", ("a",), tokens=1, max_wait_s=1e9)
+
+
+def steady(rate: float, seconds: float, kind: str = "a") -> list:
+    return arrivals(lambda t: rate, seconds, lambda t, chance: (kind, ""), seed=1)
+
+
+def test_alone_a_request_takes_the_sum_of_its_work():
+    alone = steady(1, 5)[:1]
+    run = simulate(alone, QUICK, replace(ONE, tokens=3), 5)
+    # A hop, reading and deciding; a hop, the first token; two more.
+    assert run.outcomes[0].seconds == pytest.approx(0.005 + 0.3 + 0.005 + 0.1 + 2 * 0.05)
+
+
+def test_the_wait_at_a_replica_is_that_of_a_queue_with_one_server():
+    """M/D/1 (Pollaczek and Khinchine): the mean wait is u s / (2 (1 - u)) for work of s seconds at utilization u."""
+    world = _World(QUICK, ONE)
+    replica, waits = _Replica(world), []
+
+    def one():
+        came = world.env.now
+        yield replica.work(0.5)
+        waits.append(world.env.now - came - 0.5)
+
+    def all_of_them():
+        for arrival in steady(1.4, 20000):
+            yield world.env.timeout(arrival.at - world.env.now)
+            world.env.process(one())
+
+    world.env.process(all_of_them())
+    world.env.run(until=20000)
+    assert sum(waits) / len(waits) == pytest.approx(0.7 * 0.5 / (2 * 0.3), rel=0.05)
+
+
+def test_per_expert_asks_one_after_another_and_each_reads_the_prompt():
+    design = Design("per_expert", ("a", "b", "c"), tokens=1)
+    (first,) = simulate(steady(1, 5, "a")[:1], QUICK, design, 5).outcomes
+    (last,) = simulate(steady(1, 5, "c")[:1], QUICK, design, 5).outcomes
+    assert last.seconds - first.seconds == pytest.approx(2 * (0.005 + 0.3))
+
+
+def test_lookahead_asks_several_at_once():
+    design = Design("per_expert", tuple("abcd"), tokens=1)
+    (one,) = simulate(steady(1, 5, "d")[:1], QUICK, design, 5).outcomes
+    (four,) = simulate(steady(1, 5, "d")[:1], QUICK, replace(design, lookahead=4), 5).outcomes
+    assert one.seconds - four.seconds == pytest.approx(3 * (0.005 + 0.3))
+
+
+def test_overload_is_refused_and_the_served_wait_a_bounded_time():
+    run = simulate(steady(20, 120), QUICK, replace(ONE, max_wait_s=10), 120)
+    refused = [outcome for outcome in run.outcomes if outcome.status == 429]
+    served = [outcome for outcome in run.outcomes if outcome.status == 200]
+    assert len(served) / 120 == pytest.approx(1 / 0.4, rel=0.15)  # capacity
+    assert len(refused) == len(run.outcomes) - len(served)
+    assert all(outcome.seconds == 0 for outcome in refused)
+    assert max(outcome.seconds for outcome in served) < 2 * 10
+
+
+def test_replicas_come_with_the_load_and_go():
+    scaling = replace(ONE, max_replicas=8, look_back_s=3, upscale_delay_s=2, downscale_delay_s=10)
+    coming = [a for a in steady(8, 100) if a.at < 60]
+    looks = simulate([*coming, replace(coming[-1], at=150)], QUICK, scaling, 150).looks
+    assert max(sum(look.replicas.values()) for look in looks) == 8
+    assert sum(looks[-1].replicas.values()) == 1
+
+
+def test_from_zero_the_first_waits_for_node_and_replica():
+    scaling = replace(ONE, min_replicas=0, max_replicas=2)
+    run = simulate(steady(1, 5)[:1], QUICK, scaling, 5)
+    assert 25 < run.outcomes[0].seconds < 27
+
+
+def test_replicas_on_one_machine_wait_for_each_other():
+    both = [replace(steady(1, 5)[0], at=0, kind=random.Random(0).choice(["a"])) for _ in range(4)]
+    apart = simulate(both, QUICK, replace(ONE, min_replicas=4, max_replicas=4), 5).summary()
+    together = simulate(both, QUICK, replace(ONE, min_replicas=4, max_replicas=4, cores=1), 5).summary()
+    assert together["p99_s"] > 3 * apart["p50_s"]
