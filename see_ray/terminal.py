@@ -31,7 +31,7 @@ from rich.text import Text
 
 from see_ray.activation import Activation
 from see_ray.learn import Learned, Listener, Prepared
-from see_ray.reconstruct import Example, render
+from see_ray.reconstruct import KINDS, Example, render
 from see_ray.store import Manifest
 from see_ray.store import Sequence as ExpertSequence
 
@@ -245,11 +245,17 @@ def expert_table(url: str, head: ExpertSequence, live: Sequence[Manifest], store
     if not live and not stored:
         return f"no experts in {url} yet; teach one with `see learn`"
     rows = [
-        [m.id, "live" if m in live else "stored", _number(m.threshold), f"{m.created_at:%Y-%m-%d %H:%M}", m.task]
+        [m.id, _state(m, m in live), _number(m.threshold), f"{m.created_at:%Y-%m-%d %H:%M}", m.task]
         for m in (*live, *stored)
     ]
     title = f"sequence version {head.version} in {url}, in the order asked (newest first)"
     return f"{title}\n{table(['expert', 'state', 'threshold', 'created (UTC)', 'task'], rows)}"
+
+
+def _state(manifest: Manifest, live: bool) -> str:
+    if live:
+        return "live, forced" if manifest.gate == "forced" else "live"
+    return "set aside" if manifest.gate == "set aside" else "stored"
 
 
 def history_table(versions: Sequence[ExpertSequence]) -> str:
@@ -289,6 +295,8 @@ def manifest_text(manifest: Manifest, head: ExpertSequence) -> str:
         ("indicator tokens", "accept {}, pass {}".format(*manifest.indicator_tokens)),
         ("threshold", _number(manifest.threshold)),
         *((name, f"{value:g}") for name, value in manifest.metrics.items()),
+        ("gate", manifest.gate),
+        *(("", sentence) for sentence in manifest.gate_failed),
         ("files", ", ".join(sorted(manifest.files))),
     ]
     return f"{manifest.id}\n{fields(pairs)}"
@@ -305,6 +313,8 @@ def learned_text(learned: Learned) -> str:
         ("own accepted", f"{_percent(calibration.own_accepted)} of {calibration.own} held-out rows"),
         ("foreign accepted", f"{foreign} (95% upper bound {_percent(calibration.foreign_bound)})"),
         *([("accepted from", taken)] if taken else []),
+        *(("gate", f.sentence) for f in learned.gate.findings if f.limit in ("taken", "gain") or not f.passed),
+        ("gate took", f"{learned.gate.seconds:.1f} s"),
         ("fit", f"{fit.steps} steps, {speed}, last loss {fit.last_loss:.3f}"),
         ("seconds", ", ".join(f"{step} {seconds:g}" for step, seconds in learned.seconds.items())),
     ]
@@ -328,7 +338,7 @@ def print_prepared(prepared: Prepared, console: Console | None = None) -> None:
 
 
 def _of_each_kind(examples: Sequence[Example], count: int) -> list[Example]:
-    by_kind = ([e for e in examples if e.kind == kind] for kind in ("accept", "rehearsal", "general"))
+    by_kind = ([e for e in examples if e.kind == kind] for kind in KINDS)
     return [example for group in zip_longest(*by_kind) for example in group if example][:count]
 
 

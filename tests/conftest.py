@@ -7,6 +7,8 @@ Everything is float32, so that token-for-token comparisons mean something on eve
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +21,15 @@ from see_ray.demo_tasks import DemoTask, demo_tasks, general_questions
 
 SETTINGS = [
     "base_model.dtype=float32",
-    "reconstruct.general_negatives=16",
+    "reconstruct.general_negatives=12",
+    "reconstruct.mixed_negatives=4",
     "reconstruct.max_eval_rows=8",
+    "gate.min_own_accepted=0.25",  # of four held-out rows
     "fit.r=8",
     "fit.learning_rate=2.0e-3",
     "fit.num_train_epochs=2",
     "fit.train_batch_size=4",
+    "serve.max_wait_s=5",
     "fit.cpus_per_worker=0.5",  # two workers fit beside the endpoint on two cores
 ]
 
@@ -93,14 +98,24 @@ class Fitted:
 @pytest.fixture(scope="session")
 def experts(config: Any, ray_here: None, tasks: dict[str, DemoTask], task_file: Callable[..., Path]) -> Fitted:
     """tickets and dates, adapted from the last prompt token on; `upper`, adapted from the whole
-    generation prompt on (PEFT's own aLoRA), fitted but not live."""
+    generation prompt on (PEFT's own aLoRA), fitted but not live.
+
+    With $SEE_TEST_EXPERTS, a folder, they are kept there and not fitted again in the next run: for working on
+    what only serves them."""
     from see_ray.learn import Source, learn
     from see_ray.store import ExpertStore
 
+    kept = Path(os.environ.get("SEE_TEST_EXPERTS", ""))
+    if kept.name and kept.is_dir():
+        shutil.copytree(kept, config.store.url)
+        manifests = {manifest.name: manifest for manifest in ExpertStore.open(config.store.url).experts()}
+        return Fitted([manifests["tickets"], manifests["dates"]], {"upper": manifests["upper"]})
     live = [learn(Source(str(task_file(tasks[name], 40))), config) for name in ("tickets", "dates")]
     whole = config.model_copy(update={"fit": config.fit.model_copy(update={"activation_tokens": "all"})})
     upper = learn(Source(str(task_file(tasks["contacts"], 24)), name="upper"), whole)
     ExpertStore.open(config.store.url).remove("upper")
+    if kept.name:
+        shutil.copytree(config.store.url, kept)
     return Fitted([learned.manifest for learned in live], {"upper": upper.manifest})
 
 
@@ -130,7 +145,8 @@ def tokenizer(base: Any) -> Any:
 @pytest.fixture(scope="session")
 def engine(config: Any, base: Any, experts: Fitted) -> Any:
     """An engine in this process with all three experts."""
-    from see_ray.engine.embedded import EmbeddedEngine, Expert
+    from see_ray.engine.embedded import EmbeddedEngine
+    from see_ray.engine.interface import Expert
     from see_ray.replica import activation_of_manifest
     from see_ray.store import ExpertStore
 

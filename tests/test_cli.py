@@ -33,6 +33,7 @@ from see_ray.chain import Asked, Trace
 from see_ray.cli import main
 from see_ray.errors import BadRowsError, RequestError, ServingError, StoreError
 from see_ray.fit import FitSummary
+from see_ray.gate import Finding, Verdict
 from see_ray.learn import Learned, Prepared
 from see_ray.reconstruct import Example, Reconstruction
 from see_ray.store import ExpertStore
@@ -106,7 +107,7 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.endswith("\n[]\n")
 
 
-@pytest.mark.parametrize("words", ["", "learn", "serve", "ask", "route", "demo", "experts", "experts list"])
+@pytest.mark.parametrize("words", ["", "learn", "eval", "serve", "ask", "route", "demo", "experts", "experts list"])
 def test_every_command_has_help(see, words):
     code, out, _ = see(*words.split(), "--help")
     assert code == 0
@@ -217,6 +218,24 @@ def test_list_has_live_experts_in_the_order_asked_then_stored_ones(see, store):
     assert rows[1].endswith("  tasks/qa.jsonl")
 
 
+def test_an_expert_that_was_set_aside_is_listed_with_its_reasons(see, store, tmp_path):
+    failed = {"gate": "set aside", "gate_failed": ("it would take 40 % of qa's 50 kept queries",)}
+    store.save(tmp_path / "adapter", name="qa", task="tasks/qa.jsonl", **FIELDS, **failed)
+    rows = see("experts", "list", "--store", store.url)[1].splitlines()
+    assert [row for row in rows if row.split()[:3] == ["qa@2", "set", "aside"]]
+    shown = see("experts", "show", "qa@2", "--store", store.url)[1]
+    assert "it would take 40 % of qa's 50 kept queries" in shown
+
+
+def test_an_expert_that_was_forced_is_listed_as_such(see, store, tmp_path):
+    forced = {"gate": "forced", "gate_failed": ("it is null",)}
+    made = store.save(tmp_path / "adapter", name="pe", task="tasks/pe.jsonl", **FIELDS, **forced)
+    store.publish(made.ref, forced=True)
+    rows = see("experts", "list", "--store", store.url)[1].splitlines()
+    assert [row for row in rows if row.split()[:3] == ["pe@1", "live,", "forced"]]
+    assert "(forced)" in see("experts", "history", "--store", store.url)[1]
+
+
 def test_list_as_json(see, store):
     body = json.loads(see("experts", "list", "--store", store.url, "--json")[1])
     assert body["sequence_version"] == 2
@@ -292,10 +311,10 @@ async def _chat(request: Request) -> Response:
     if not body.stream:
         usage = api.usage_body(prompt_tokens=1, completion_tokens=2)
         text = f"You said: {prompt}"
-        return JSONResponse(api.chat_body(text=text, finish_reason=finish, usage=usage, see=TRACE.body(), **head))
+        return JSONResponse(api.chat_body(choices=[api.Choice(text, finish)], usage=usage, see=TRACE.body(), **head))
 
     async def events() -> AsyncIterator[str]:
-        yield api.sse(api.chat_chunk("You said: ", see=TRACE.body(), **head))
+        yield api.sse(api.chat_chunk(api.Choice("You said: "), see=TRACE.body(), **head))
         if prompt == "hang":
             await request.receive()  # until the client is gone
             return
@@ -305,9 +324,9 @@ async def _chat(request: Request) -> Response:
             return
         elif prompt == "go on":
             for _ in range(10_000):
-                yield api.sse(api.chat_chunk("and on ", **head))
+                yield api.sse(api.chat_chunk(api.Choice("and on "), **head))
         else:
-            yield api.sse(api.chat_chunk(prompt, finish, **head))
+            yield api.sse(api.chat_chunk(api.Choice(prompt, finish), **head))
         yield api.SSE_DONE
 
     return StreamingResponse(events(), media_type="text/event-stream")
@@ -560,7 +579,7 @@ class Letters:
 def prepared(prompt: str) -> Prepared:
     train = [Example(tuple(map(ord, prompt)), (ord("A"), ord("!")), "accept")] * 12
     train.append(Example(tuple(map(ord, "a general query>")), (ord("P"),), "general"))
-    made = Reconstruction(train, [], [], [], [])
+    made = Reconstruction(train, [], [], {}, [], [])
     task: Any = Task("sa", (), (), ())
     base: Any = SimpleNamespace()
     return Prepared(task, base, Letters(), Activation((ord(">"),), 1, ord("A"), ord("P")), made, frozenset())
@@ -591,13 +610,22 @@ def test_a_summary_of_what_was_learned(store):
         memory_gb=1.5, workers=1, zero_stage=2, dtype="bfloat16",
     )  # fmt: skip
     calibration = Calibration(0.625, 0.98, 0.0625, 0.283, 50, 16, {"general": 1})
-    text = terminal.learned_text(Learned(manifest, sequence, calibration, fit, {"prepare": 1.0, "fit": 30.5}))
+    findings = (
+        Finding("taken", "sa", 0.0, 0.05, True, "it would take 0 % of sa's 50 kept queries"),
+        Finding("change", "", 7.0, 0.01, True, "its adapter changes something"),
+        Finding("own_accepted", "", 0.5, 0.75, False, "it accepts 50 % of its own"),
+    )
+    verdict = Verdict(findings, 1.25)
+    text = terminal.learned_text(Learned(manifest, sequence, calibration, verdict, fit, {"prepare": 1.0, "fit": 30.5}))
     assert text.splitlines() == [
         "qa@1 is live in sequence version 2",
         "  threshold         0.6250",
         "  own accepted      98.0% of 50 held-out rows",
         "  foreign accepted  6.2% of 16 held-out queries (95% upper bound 28.3%)",
         "  accepted from     general 1",
+        "  gate              it would take 0 % of sa's 50 kept queries",
+        "  gate              it accepts 50 % of its own",
+        "  gate took         1.2 s",
         "  fit               60 steps, 300 tokens/s, 0.50 s a step, last loss 0.500",
         "  seconds           prepare 1, fit 30.5",
         "next: `see serve`, with the same settings; a running endpoint picks the expert up within 15 s",
