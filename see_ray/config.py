@@ -87,8 +87,13 @@ class FitConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
 
-    indicator_weight: float = Field(default=1.0, gt=0)
-    """Weight of the indicator's loss against that of one response token."""
+    indicator_weight: float = Field(default=3.0, gt=0)
+    """Weight of an indicator's loss against that of one response token."""
+
+    vocabulary_weight: float = Field(default=0.03, ge=0, le=1)
+    """An indicator's loss is that of the decision, accept against pass, plus this times what it takes to be the
+    likeliest of the whole vocabulary. With 1 it is the cross-entropy over the vocabulary, as for any token: then
+    the first half of a short fit goes into making two tokens likely that the base model never writes."""
 
     seed: int = 0
     """Seeds the order of examples, the adapter's start and every sample drawn."""

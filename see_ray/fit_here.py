@@ -80,7 +80,7 @@ def fit_here(
     peft = with_adapter(model, config)
     try:
         schedule = Schedule([len(activation.split(list(e.prompt))[0]) for e in examples], config, 1)
-        engine = _Engine(peft, config, schedule.steps, start)
+        engine = _Engine(peft, activation, config, schedule.steps, start)
         share = Share(examples, held_out, schedule, engine, 0, activation, config)
         began = time.perf_counter()
         share.read_prefixes(lambda progress: None)
@@ -117,12 +117,12 @@ def learning_rate_share(step: int, warmup: int, steps: int) -> float:
 class _Engine:
     """What :class:`see_ray.fit_step.Share` asks of DeepSpeed, with PyTorch alone."""
 
-    def __init__(self, peft: Any, config: FitConfig, steps: int, start: Path | None):
+    def __init__(self, peft: Any, activation: Activation, config: FitConfig, steps: int, start: Path | None):
         import torch
 
         from see_ray.fit_step import ExpertLoss
 
-        self.module = ExpertLoss(peft, config.indicator_weight)
+        self.module = ExpertLoss(peft, activation, config)
         self.global_steps = 0
         self._config = config
         self._params = {name: p for name, p in peft.named_parameters() if p.requires_grad}

@@ -41,12 +41,18 @@ Report = Callable[[Progress], Any]
 
 
 class ExpertLoss(torch.nn.Module):
-    """The module that DeepSpeed drives: from a share of a step to its part of the loss."""
+    """The module that DeepSpeed drives: from a share of a step to its part of the loss.
 
-    def __init__(self, model: Any, indicator_weight: float):
+    The cross-entropy of an indicator over the vocabulary is the sum of two: of accept against pass, which is the
+    decision, and of the two together against all other tokens. Decisions are read between the two alone, so the
+    second part has a small weight of its own.
+    """
+
+    def __init__(self, model: Any, activation: Activation, config: FitConfig):
         super().__init__()
         self.model = model
-        self._indicator_weight = indicator_weight
+        self._indicators = [activation.accept, activation.refuse]
+        self._indicator_weight, self._vocabulary_weight = config.indicator_weight, config.vocabulary_weight
 
     def forward(
         self,
@@ -67,7 +73,7 @@ class ExpertLoss(torch.nn.Module):
 
         Returns:
             The loss; and [indicators' part, responses' part] of it without gradient, the former before
-            `indicator_weight`.
+            `fit.indicator_weight`.
         """
         inner = self.model.get_base_model()
         rows = [[*left, *target[:-1]] for left, target in zip(rest, targets, strict=True)]
@@ -77,8 +83,12 @@ class ExpertLoss(torch.nn.Module):
         logits = logits_of(inner, hidden[torch.tensor(supervised, device=hidden.device)])  # only where there is loss
         labels = torch.tensor([token for target in targets for token in target], device=hidden.device)
         is_indicator = torch.tensor([i == 0 for target in targets for i in range(len(target))], device=hidden.device)
-        losses = cross_entropy(logits.float(), labels, reduction="none")
-        indicators = losses[is_indicator].sum() * per_indicator
+        logits = logits.float()
+        losses = cross_entropy(logits, labels, reduction="none")
+        pair = logits[is_indicator][:, self._indicators]
+        decisions = cross_entropy(pair, (labels[is_indicator] == self._indicators[1]).long(), reduction="none")
+        mixed = (1 - self._vocabulary_weight) * decisions + self._vocabulary_weight * losses[is_indicator]
+        indicators = mixed.sum() * per_indicator
         responses = losses[~is_indicator].sum() * per_token
         return self._indicator_weight * indicators + responses, torch.stack([indicators, responses]).detach()
 

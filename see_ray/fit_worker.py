@@ -94,7 +94,7 @@ class _Run:
         # small enough for gloo, and a fresh machine may have no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._engine, _, _, self._scheduler = deepspeed.initialize(
-            model=ExpertLoss(model, config.indicator_weight),
+            model=ExpertLoss(model, self._activation, config),
             model_parameters=[p for p in model.parameters() if p.requires_grad],
             config=deepspeed_config(config, dtype, self._world, self._schedule.steps),
         )

@@ -134,6 +134,7 @@ def test_an_unknown_section_is_named(tmp_path):
         ("fit.weight_decay", "-0.1"),
         ("fit.max_grad_norm", "0"),
         ("fit.indicator_weight", "0"),
+        ("fit.vocabulary_weight", "1.1"),
         ("fit.seed", "1.5"),
         ("fit.num_workers", "0"),
         ("fit.use_gpu", "maybe"),

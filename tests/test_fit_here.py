@@ -66,7 +66,7 @@ def with_deepspeed(dtype: str, folder: Path) -> None:
     store = torch.distributed.FileStore(str(folder / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     engine, *_ = deepspeed.initialize(
-        model=ExpertLoss(peft, CONFIG.indicator_weight),
+        model=ExpertLoss(peft, ACTIVATION, CONFIG),
         model_parameters=[p for p in peft.parameters() if p.requires_grad],
         config=deepspeed_config(CONFIG, DTYPES[dtype], 1, schedule.steps),
     )

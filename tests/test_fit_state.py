@@ -44,7 +44,7 @@ def _engine(stage: int, world: int, rank: int) -> tuple[Any, Any, Any]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model = with_adapter(LlamaForCausalLM(shape), config)
     engine, _, _, rates = deepspeed.initialize(
-        model=ExpertLoss(model, 1.0),
+        model=ExpertLoss(model, activation, config),
         model_parameters=[p for p in model.parameters() if p.requires_grad],
         config=deepspeed_config(config, torch.float32, world, STEPS),
     )
