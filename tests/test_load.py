@@ -88,7 +88,7 @@ async def test_a_server_that_is_not_there_is_a_failure_not_an_exception():
 
 
 def test_a_spike_is_served_in_time_or_refused_at_once(endpoint, config):
-    coming = arrivals(lambda t: 60, 3, lambda t, chance: ("general", f"What is {chance.randrange(999)} plus one?"))
+    coming = arrivals(lambda t: 80, 3, lambda t, chance: ("general", f"What is {chance.randrange(999)} plus one?"))
     warm_up = asyncio.run(offer(endpoint, [Arrival(0, "k", "Hello"), Arrival(1, "k", "Hi")], max_tokens=2))
     assert {o.status for o in warm_up} == {200}
     outcomes = asyncio.run(offer(endpoint, coming, max_tokens=2))
@@ -96,7 +96,7 @@ def test_a_spike_is_served_in_time_or_refused_at_once(endpoint, config):
     refused = [o for o in outcomes if o.status == 429]
     assert len(served) + len(refused) == len(outcomes)
     assert len(served) >= 10
-    assert len(refused) > len(outcomes) / 3
+    assert len(refused) > len(outcomes) / 6
     assert all(o.retry_after and o.retry_after >= 1 for o in refused)
     assert quantile([o.seconds for o in refused], 0.5) < 2  # on two cores, which those that are served compute on
     assert max(served) < 3 * config.serve.max_wait_s
