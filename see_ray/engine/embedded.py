@@ -337,7 +337,8 @@ class EmbeddedEngine:
     ) -> list[tuple[Branch, list[Loaded | None]]]:
         """Rows that read the same tokens stand in one branch."""
         groups: dict[tuple[int, tuple[int, ...]], list[Loaded | None]] = {}
-        for one in who:
+        # In the order of their slots: adapters that stand in a row are used where they are.
+        for one in sorted(who, key=lambda one: one.slot if one else 0):
             adapted = one.adapted if one else 1
             more = (one.expert.activation.accept,) if one and fed else ()
             groups.setdefault((len(ids) - adapted, (*ids[-adapted:], *more)), []).append(one)
@@ -357,7 +358,9 @@ class EmbeddedEngine:
             self._pass(turn.reads, steps)
             if steps:
                 logits = logits_of(self.model, torch.stack([step.hidden for step in steps]))
-                for answer, row, best in zip(turn.answers, logits, logits.argmax(-1).tolist(), strict=True):
+                # In float32: PyTorch's search in bfloat16 takes four times as long on a CPU.
+                likeliest = logits.float().argmax(-1).tolist()
+                for answer, row, best in zip(turn.answers, logits, likeliest, strict=True):
                     answer.choose(row, best, self.eos)
             for _, branch, members, _ in turn.rows:
                 turn.decisions.append(self._decisions(branch, members))
@@ -376,7 +379,7 @@ class EmbeddedEngine:
         answer.slot = slot
         if answer.row.fed:
             logits = logits_of(self.model, answer.row.last)
-            answer.choose(logits, int(logits.argmax()), self.eos)
+            answer.choose(logits, int(logits.float().argmax()), self.eos)
         else:
             assert answer.expert is not None
             answer.token = answer.expert.expert.activation.accept
