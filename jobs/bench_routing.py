@@ -26,7 +26,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -37,6 +37,7 @@ from see_ray.engine.embedded import EmbeddedEngine
 from see_ray.engine.interface import Expert
 from see_ray.terminal import TerminalListener, table
 
+T = TypeVar("T")
 Timed = Callable[[list[int]], Awaitable[None]]
 
 
@@ -114,11 +115,15 @@ class Bench:
         self._count = 0
         self._peft: Any = None
 
+    def engine_thread(self, work: Callable[[], T]) -> T:
+        """Run what is compared on the engine's own thread: computing on two threads would slow both down."""
+        return self.engine._on_thread(work)
+
     def grow(self, count: int) -> None:
         """Make and load experts until there are that many: `e0`, and in the full form `full0`, and so on."""
         for number in range(self._count, count):
             folder = self._folder / str(number)
-            write_adapter(self.engine.model, folder, self._rank, seed=number)
+            self.engine_thread(lambda f=folder, n=number: write_adapter(self.engine.model, f, self._rank, seed=n))  # type: ignore[misc]
             self.engine.load(Expert(f"e{number}", folder, self.activation))
         self._count = max(self._count, count)
 
@@ -150,10 +155,10 @@ class Bench:
             await anext(self.engine.generate(prompt, f"full{count - 1}", 1))
 
         async def peft_loop(prompt: list[int]) -> None:
-            self._with_peft(count)(prompt)
+            self.engine_thread(lambda: self._with_peft(count)(prompt))
 
         if "peft_loop" in wanted:
-            self._with_peft(count)
+            self.engine_thread(lambda: self._with_peft(count))
         every = {"oracle": oracle, "activated": activated, "full": full_form, "peft_loop": peft_loop}
         return {kind: every[kind] for kind in wanted}
 
@@ -182,32 +187,29 @@ class Bench:
 
 
 def decoding(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: int = 24) -> dict[str, float]:
-    """Milliseconds between an answer's tokens: ours (each answer by another expert, in turn), plain generate's,
-    and what reading the weights once would take."""
+    """Milliseconds between an answer's tokens: ours (each answer by another expert, in turn; and all by the
+    generalist), plain generate's, and what reading the weights once would take."""
     import torch
 
     bench.engine.eos = frozenset()  # random adapters end when they like
-    model = load_model(bench.base, bench.config.base_model)
-    times: dict[str, list[float]] = {"engine": [], "generate": [], "bandwidth_limit": []}
-    weights = torch.cat([value.flatten() for value in model.parameters()])
+    model = bench.engine_thread(lambda: load_model(bench.base, bench.config.base_model))
+    weights = bench.engine_thread(lambda: torch.cat([value.flatten() for value in model.parameters()]))
     target = torch.empty_like(weights)
-    names = bench.engine.experts
+    names = [name for name in bench.engine.experts if name.startswith("e")]
 
-    async def answers(prompts: list[list[int]]) -> list[float]:
+    async def answers(prompts: list[list[int]], who: list[Any]) -> float:
         """Seconds between the first tokens of all and the last of all, over the steps between."""
 
         async def one(number: int) -> list[float]:
-            who = names[number % len(names)]
-            return [time.perf_counter() async for _ in bench.engine.generate(prompts[number], who, tokens)]
+            writer = who[number % len(who)]
+            return [time.perf_counter() async for _ in bench.engine.generate(prompts[number], writer, tokens)]
 
         stamps = await asyncio.gather(*(one(number) for number in range(rows)))
         began, ended = max(each[0] for each in stamps), min(each[-1] for each in stamps)
         steps = min(sum(began <= stamp <= ended for stamp in each) for each in stamps)
-        return [(ended - began) / max(1, steps - 1)]
+        return (ended - began) / max(1, steps - 1)
 
-    for _ in range(repeats):
-        prompts = [bench.prompt(prompt) for _ in range(rows)]
-        times["engine"] += asyncio.run(answers(prompts))
+    def plain(prompts: list[list[int]]) -> float:
         seconds = []
         for count in (1, tokens):
             began = time.perf_counter()
@@ -217,10 +219,20 @@ def decoding(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: i
                 max_new_tokens=count, pad_token_id=0,
             )  # fmt: skip
             seconds.append(time.perf_counter() - began)
-        times["generate"].append((seconds[1] - seconds[0]) / (tokens - 1))
+        return (seconds[1] - seconds[0]) / (tokens - 1)
+
+    def copy() -> float:
         began = time.perf_counter()
         target.copy_(weights)
-        times["bandwidth_limit"].append((time.perf_counter() - began) / 2)  # a copy reads and writes
+        return (time.perf_counter() - began) / 2  # a copy reads and writes
+
+    times: dict[str, list[float]] = {"engine": [], "engine_base": [], "generate": [], "bandwidth_limit": []}
+    for _ in range(repeats):
+        prompts = [bench.prompt(prompt) for _ in range(rows)]
+        times["engine"].append(asyncio.run(answers(prompts, names)))
+        times["engine_base"].append(asyncio.run(answers(prompts, [None])))
+        times["generate"].append(bench.engine_thread(lambda prompts=prompts: plain(prompts)))  # type: ignore[misc]
+        times["bandwidth_limit"].append(bench.engine_thread(copy))
     return {f"{kind}_ms": round(statistics.median(each) * 1000, 1) for kind, each in times.items()}
 
 

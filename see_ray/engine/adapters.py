@@ -96,12 +96,12 @@ class _Update:
     """What a group of tokens adds to a linear layer's output.
 
     Attributes:
-        tokens: [slots, most tokens of one], padded with 0; or the stretch of them, as many for each slot.
+        tokens: a stretch of them, as many for each slot; or [slots x most tokens of one], padded with 0.
         slots: a stretch of slots, or their numbers.
         count: how many slots.
-        real: the places of `tokens`, flattened, that are not padding; None if all are.
-        flat: the tokens at these places.
         floats: the product is made in float32.
+        real: the places of `tokens` that are not padding; None if all are.
+        flat: the tokens at these places; None for a stretch.
     """
 
     tokens: slice | Tensor
@@ -113,19 +113,19 @@ class _Update:
 
     def add(self, inputs: Tensor, outputs: Tensor, down: Tensor, up: Tensor) -> None:
         """[tokens, in] and [tokens, out] of all tokens; down [slots, r, in] and up [slots, r, out] of all slots."""
-        x, down, up = inputs[self.tokens], down[self.slots], up[self.slots]
+        x = inputs[self.tokens] if isinstance(self.tokens, slice) else inputs.index_select(0, self.tokens)
+        down, up = down[self.slots], up[self.slots]
         if self.floats:
             x, down, up = x.float(), down.float(), up.float()
-        down = down.transpose(1, 2)
-        if self.flat is not None:
-            made = torch.bmm(torch.bmm(x, down), up).flatten(0, 1)
-            made = made if self.real is None else made[self.real]
-            outputs.index_add_(0, self.flat, made.to(outputs.dtype))
-        elif self.count == 1:
-            outputs[self.tokens].add_(x @ down[0] @ up[0])
+        if self.count == 1:
+            made = x @ down[0].T @ up[0]
         else:
-            low = torch.bmm(x.unflatten(0, (self.count, -1)), down)
-            outputs[self.tokens].add_(torch.bmm(low, up).flatten(0, 1))
+            made = torch.bmm(torch.bmm(x.unflatten(0, (self.count, -1)), down.transpose(1, 2)), up).flatten(0, 1)
+        if self.flat is None:
+            outputs[self.tokens].add_(made)
+        else:
+            made = made if self.real is None else made.index_select(0, self.real)
+            outputs.index_add_(0, self.flat, made.to(outputs.dtype))
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def _gathered(group: dict[int, list[int]], device: torch.device) -> _Update:
     table = torch.tensor([[*line, *[0] * (width - len(line))] for line in lines], device=device)
     places = [row * width + column for row, line in enumerate(lines) for column in range(len(line))]
     real = None if len(places) == table.numel() else torch.tensor(places, device=device)
-    flat = table.flatten() if real is None else table.flatten()[real]
+    table = table.flatten()
+    flat = table if real is None else table[real]
     return _Update(table, chosen, len(lines), _floats(len(lines), table.numel(), device), real, flat)
 
 

@@ -7,7 +7,9 @@ joins between two passes; one that is finished or given up leaves. No token of a
 answer and generalist go on from the same keys and values (`engine.prompts`), and answers are written in slots
 of bounded memory (`engine.slots`).
 
-PyTorch runs on one worker thread, one pass at a time. The engine knows token ids only; text is `engine.text`'s
+PyTorch runs on one worker thread, one pass at a time; loading, too: each thread that computes has OpenMP threads of
+its own, and where there are more of these than cores they sleep between two operations instead of waiting awake,
+which makes small operations many times slower. The engine knows token ids only; text is `engine.text`'s
 business.
 """
 
@@ -77,7 +79,9 @@ class EmbeddedEngine:
         pass_tokens: int = 512,
         told: Callable[[str, float], None] = lambda what, value: None,
     ):
-        self.model = load_model(base, config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = self._on_thread(lambda: load_model(base, config, chosen))
         if not packs(self.model):
             raise ServingError(
                 f"{base.name} does not take transformers' attention interface, which the embedded engine needs"
@@ -94,7 +98,6 @@ class EmbeddedEngine:
         self._begun: list[Answer] = []  # wait for a slot
         self._answers: list[Answer] = []
         self._worker: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._lock = threading.Lock()  # of what both the event loop's and the worker's thread change
         self._like = self._on_thread(lambda: self._read_now([0], 0).layers)
         self._pool = SlotPool(int(kv_gb * 1e9 / bytes_per_token(self._like)))
@@ -250,7 +253,8 @@ class EmbeddedEngine:
     async def read(self, prompt: Sequence[int]) -> list[Any]:
         """Keys and values of a prompt as the base model reads it, as arrays for :meth:`adopt`."""
         await self._ask(prompt, [None])
-        return self._prompts.get(tuple(prompt), None).prefix.arrays()
+        prefix = self._prompts.get(tuple(prompt), None).prefix
+        return await asyncio.get_running_loop().run_in_executor(self._thread, prefix.arrays)
 
     def adopt(self, prompt: Sequence[int], arrays: Sequence[Any]) -> None:
         """Take over what another engine of the same base model has read of a prompt."""
