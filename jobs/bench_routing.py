@@ -14,6 +14,10 @@ model and beside the time that reading the weights takes at this machine's copy 
 Prints tables; --out writes JSON. A figure that would take too long (N x prompt over --most) is left out.
 
     python jobs/bench_routing.py --out bench_routing.json
+
+A thousand experts of rank 16 on all layers take 10 GB; small ones show what their number costs:
+
+    python jobs/bench_routing.py --experts 1000 --prompts 400 --kinds oracle,activated --rank 4 --targets q_proj,v_proj
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +51,7 @@ Timed = Callable[[list[int]], Awaitable[None]]
 @click.option("--prompts", default="100,400,1500", show_default=True, help="Tokens of a prompt.")
 @click.option("--kinds", default="oracle,activated,full,peft_loop", show_default=True, help="What to run.")
 @click.option("--rank", default=16, show_default=True, help="LoRA rank.")
+@click.option("--targets", help="Layers that are adapted, such as q_proj,v_proj; unset: all but the output.")
 @click.option("--decode", default="1,16", show_default=True, help="Numbers of answers written together.")
 @click.option("--repeats", default=5, show_default=True, help="Runs of each; the table has medians.")
 @click.option("--most", default=4000, show_default=True, help="Prompt tokens of all experts together, full form.")
@@ -53,8 +59,8 @@ Timed = Callable[[list[int]], Awaitable[None]]
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="A setting.")
 def main(
-    experts: str, prompts: str, kinds: str, rank: int, decode: str, repeats: int, most: int, threads: int | None,
-    out: Path | None, settings: list[str],
+    experts: str, prompts: str, kinds: str, rank: int, targets: str | None, decode: str, repeats: int, most: int,
+    threads: int | None, out: Path | None, settings: list[str],
 ) -> None:  # fmt: skip
     import torch
 
@@ -63,10 +69,16 @@ def main(
     config = load_config(None, list(settings))
     base = find(config.base_model)
     numbers, lengths = ([int(item) for item in text.split(",")] for text in (experts, prompts))
-    report: dict[str, Any] = {"rank": rank, "threads": torch.get_num_threads(), "routing": [], "decode": []}
+    report: dict[str, Any] = {
+        "rank": rank,
+        "targets": targets,
+        "threads": torch.get_num_threads(),
+        "routing": [],
+        "decode": [],
+    }
     routing = report["routing"]
     with tempfile.TemporaryDirectory() as temporary, TerminalListener() as listener:
-        bench = Bench(base, config, Path(temporary), rank)
+        bench = Bench(base, config, Path(temporary), rank, targets.split(",") if targets else None)
         for count in numbers:
             listener.step(f"{count} experts")
             bench.grow(count)
@@ -108,8 +120,8 @@ def medians(bench: Bench, timed: dict[str, Timed], length: int, repeats: int) ->
 class Bench:
     """An engine with a growing number of random experts, in both forms."""
 
-    def __init__(self, base: BaseModel, config: Config, folder: Path, rank: int):
-        self._folder, self._rank, self.base, self.config = folder, rank, base, config
+    def __init__(self, base: BaseModel, config: Config, folder: Path, rank: int, targets: list[str] | None = None):
+        self._folder, self._rank, self._targets, self.base, self.config = folder, rank, targets, base, config
         self.activation = activation_of(load_tokenizer(base), config.base_model, config.fit)
         self.engine = EmbeddedEngine(base, config.base_model)
         self._count = 0
@@ -123,7 +135,8 @@ class Bench:
         """Make and load experts until there are that many: `e0`, and in the full form `full0`, and so on."""
         for number in range(self._count, count):
             folder = self._folder / str(number)
-            self.engine_thread(lambda f=folder, n=number: write_adapter(self.engine.model, f, self._rank, seed=n))  # type: ignore[misc]
+            make = partial(write_adapter, self.engine.model, folder, self._rank, number, self._targets)
+            self.engine_thread(make)
             self.engine.load(Expert(f"e{number}", folder, self.activation))
         self._count = max(self._count, count)
 
@@ -231,13 +244,13 @@ def decoding(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: i
         prompts = [bench.prompt(prompt) for _ in range(rows)]
         times["engine"].append(asyncio.run(answers(prompts, names)))
         times["engine_base"].append(asyncio.run(answers(prompts, [None])))
-        times["generate"].append(bench.engine_thread(lambda prompts=prompts: plain(prompts)))  # type: ignore[misc]
+        times["generate"].append(bench.engine_thread(partial(plain, prompts)))
         times["bandwidth_limit"].append(bench.engine_thread(copy))
     return {f"{kind}_ms": round(statistics.median(each) * 1000, 1) for kind, each in times.items()}
 
 
-def write_adapter(model: Any, folder: Path, rank: int, seed: int) -> None:
-    """A PEFT folder with a random adapter on all linear layers but the output."""
+def write_adapter(model: Any, folder: Path, rank: int, seed: int, targets: list[str] | None = None) -> None:
+    """A PEFT folder with a random adapter on layers of these names, or on all linear layers but the output."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -247,12 +260,16 @@ def write_adapter(model: Any, folder: Path, rank: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     weights = {}
     for path, linear in linear_layers(model).items():
+        if targets and path.rpartition(".")[2] not in targets:
+            continue
         key = f"base_model.model.{path}.lora_{{}}.weight"
         weights[key.format("A")] = torch.randn(rank, linear.in_features, generator=draw) / linear.in_features**0.5
         weights[key.format("B")] = torch.randn(linear.out_features, rank, generator=draw) * 0.01
     folder.mkdir(parents=True)
     save_file(weights, folder / "adapter_model.safetensors")
-    LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear").save_pretrained(folder)
+    LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=targets or "all-linear").save_pretrained(
+        folder
+    )
 
 
 def as_table(routing: list[dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from see_ray.engine.kernels import are_few
 from see_ray.errors import ServingError
 
 ALONE = 32
@@ -47,7 +48,7 @@ class AdapterBank:
     @contextmanager
     def applied(self, slots: Sequence[int]) -> Iterator[None]:
         """The forward pass inside applies to each of its tokens the adapter in that slot."""
-        self.use = _Use.of(slots, self._model.device)
+        self.use = _Use.of(slots, self._model)
         try:
             yield
         finally:
@@ -129,13 +130,27 @@ class _Update:
 
 
 @dataclass(frozen=True)
+class _Single:
+    """One token of a pass of very few, in two products of a matrix and a vector."""
+
+    token: int
+    slot: int
+
+    def add(self, inputs: Tensor, outputs: Tensor, down: Tensor, up: Tensor) -> None:
+        outputs[self.token].addmv_(up[self.slot].T, torch.mv(down[self.slot], inputs[self.token]))
+
+
+@dataclass(frozen=True)
 class _Use:
     """Which tokens of a pass have which adapter."""
 
-    updates: tuple[_Update, ...]
+    updates: tuple[_Update | _Single, ...]
 
     @staticmethod
-    def of(slots: Sequence[int], device: torch.device) -> _Use | None:
+    def of(slots: Sequence[int], model: Any) -> _Use | None:
+        if are_few(model, len(slots)):
+            return _Use(tuple(_Single(token, slot) for token, slot in enumerate(slots) if slot))
+        device = model.device
         of_slot: dict[int, list[int]] = {}
         for token, slot in enumerate(slots):
             if slot:

@@ -31,6 +31,7 @@ from see_ray.config import BaseModelConfig
 from see_ray.engine.adapters import AdapterBank
 from see_ray.engine.answers import Answer, Loaded
 from see_ray.engine.interface import Draw, Expert, Token
+from see_ray.engine.kernels import kernels
 from see_ray.engine.passes import Branch, Read, Step, run
 from see_ray.engine.prompts import Prompt, PromptStore, Row
 from see_ray.engine.slots import SlotPool, bytes_per_token, of_tokens
@@ -89,6 +90,7 @@ class EmbeddedEngine:
         eos = self.model.generation_config.eos_token_id
         self.eos = frozenset([eos] if isinstance(eos, int) else eos or [])
         self._bank = AdapterBank(self.model)
+        self._unchanged: dict[tuple[tuple[int, ...], int], Tensor] = {}  # the base model's logits, to compare with
         self._experts: dict[str, Loaded] = {}
         self._leaving: list[Loaded] = []
         self._prompts = PromptStore(prefix_tokens)
@@ -119,10 +121,12 @@ class EmbeddedEngine:
             self._experts[expert.name] = loaded
 
     def _add(self, loaded: Loaded) -> None:
-        expert, probe = loaded.expert, list(loaded.expert.activation.generation_prompt) * 2
+        expert, probe = loaded.expert, loaded.expert.activation.generation_prompt * 2
         self._bank.add(loaded.key, expert.folder)
         loaded.slot = self._bank.slot(loaded.key)
-        if torch.equal(self._logits(probe, loaded, 0), self._logits(probe, loaded, loaded.slot)):
+        if (probe, loaded.adapted) not in self._unchanged:
+            self._unchanged[probe, loaded.adapted] = self._logits(probe, loaded, 0)
+        if torch.equal(self._unchanged[probe, loaded.adapted], self._logits(probe, loaded, loaded.slot)):
             self._bank.remove(loaded.key)
             raise ServingError(
                 f"the adapter of {expert.name} in {expert.folder} changes nothing: all its updates are zero; "
@@ -361,7 +365,7 @@ class EmbeddedEngine:
             steps = [answer.step() for answer in turn.answers]
             self._pass(turn.reads, steps)
             if steps:
-                logits = logits_of(self.model, torch.stack([step.hidden for step in steps]))
+                logits = self._all_logits(torch.stack([step.hidden for step in steps]))
                 # In float32: PyTorch's search in bfloat16 takes four times as long on a CPU.
                 likeliest = logits.float().argmax(-1).tolist()
                 for answer, row, best in zip(turn.answers, logits, likeliest, strict=True):
@@ -382,7 +386,7 @@ class EmbeddedEngine:
         slot.append(branch.layers, answer.row.number)
         answer.slot = slot
         if answer.row.fed:
-            logits = logits_of(self.model, answer.row.last)
+            logits = self._all_logits(answer.row.last[None])[0]
             answer.choose(logits, int(logits.float().argmax()), self.eos)
         else:
             assert answer.expert is not None
@@ -461,7 +465,12 @@ class EmbeddedEngine:
         """All logits behind a prompt, with the adapter in that slot where the expert is activated."""
         read = self._whole(prompt, loaded, slot)
         self._pass([read], [])
-        return logits_of(self.model, read.branches[0].hidden[0, -1])
+        return self._all_logits(read.branches[0].hidden[0, -1:])[0]
+
+    def _all_logits(self, hidden: Tensor) -> Tensor:
+        """[rows, vocabulary]"""
+        with kernels(self.model, len(hidden)):
+            return logits_of(self.model, hidden)
 
     def _on_thread(self, work: Callable[[], T]) -> T:
         return self._thread.submit(work).result()

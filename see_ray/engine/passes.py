@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from see_ray.engine.adapters import AdapterBank
+from see_ray.engine.kernels import kernels
 from see_ray.engine.slots import Shelf, Slot, joined
 from see_ray.errors import ServingError
 from see_ray.prefix import Prefix
@@ -101,7 +102,7 @@ def run(model: Any, bank: AdapterBank, reads: Sequence[Read], steps: Sequence[St
     before = decoder.config._attn_implementation
     decoder.config._attn_implementation = _NAME
     try:
-        with bank.applied(work.adapters):
+        with bank.applied(work.adapters), kernels(model, len(work.ids)):
             hidden = decoder(
                 input_ids=torch.tensor([work.ids], device=model.device),
                 position_ids=torch.tensor([work.positions], device=model.device),
