@@ -55,6 +55,7 @@ ORDER = [
     "engine.passes",
     "engine.prompts",
     "engine.answers",
+    "engine.turns",
     "engine.embedded",
     "engine.vllm_activation",
     "engine.vllm",
@@ -125,6 +126,7 @@ IMPORTS_TORCH_AT_ONCE = {
     "engine.passes",
     "engine.prompts",
     "engine.answers",
+    "engine.turns",
     "engine.embedded",
     "engine.vllm",
 }

@@ -19,7 +19,6 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -33,8 +32,9 @@ from see_ray.engine.answers import Answer, Loaded
 from see_ray.engine.interface import Draw, Expert, Token
 from see_ray.engine.kernels import kernels
 from see_ray.engine.passes import Branch, Read, Step, run
-from see_ray.engine.prompts import Prompt, PromptStore, Row
+from see_ray.engine.prompts import PromptStore, Row
 from see_ray.engine.slots import SlotPool, bytes_per_token, of_tokens
+from see_ray.engine.turns import Ask, Turn, left_error, name_of
 from see_ray.errors import ServingError
 from see_ray.prefix import Prefix, logits_of, packs
 
@@ -96,7 +96,7 @@ class EmbeddedEngine:
         self._prompts = PromptStore(prefix_tokens)
         self._pass_tokens = pass_tokens
         self._told = told
-        self._asks: list[_Ask] = []
+        self._asks: list[Ask] = []
         self._begun: list[Answer] = []  # wait for a slot
         self._answers: list[Answer] = []
         self._worker: asyncio.Task[None] | None = None
@@ -243,7 +243,7 @@ class EmbeddedEngine:
             answer.prompt = kept
             with self._lock:
                 if loaded and loaded.gone:
-                    raise _left(loaded)
+                    raise left_error(loaded)
                 self._begun.append(answer)
             self._wake()
             while (token := await answer.tokens.get()) is not None:
@@ -272,15 +272,15 @@ class EmbeddedEngine:
         self._told("hit", kept.prefix.lengths[0])
         self._told("miss", kept.left)
         kept.users += 1
-        ask = _Ask(kept, list(who), asyncio.get_running_loop().create_future())
+        ask = Ask(kept, list(who), asyncio.get_running_loop().create_future())
         try:
             if ask.missing():
                 self._asks.append(ask)
                 self._wake()
                 await ask.done
             if missing := ask.missing():
-                raise _left(missing[0])
-            return {name: kept.rows[name] for name in map(_name, who)}
+                raise left_error(missing[0])
+            return {name: kept.rows[name] for name in map(name_of, who)}
         finally:
             ask.done.cancel()
             kept.users -= 1
@@ -304,14 +304,14 @@ class EmbeddedEngine:
             with self._lock:
                 self._settle(turn, error)
 
-    def _plan(self) -> _Turn:
+    def _plan(self) -> Turn:
         """What the next pass does."""
         for ask in self._asks:
             gone = [one for one in ask.who if one and self._experts.get(one.name) is not one]
             if gone and not ask.done.done():
-                ask.done.set_exception(_left(gone[0]))
+                ask.done.set_exception(left_error(gone[0]))
         self._asks = [ask for ask in self._asks if not ask.done.done()]
-        turn = _Turn(self._begun, [answer for answer in self._answers if not answer.over][:STEP_ROWS])
+        turn = Turn(self._begun, [answer for answer in self._answers if not answer.over][:STEP_ROWS])
         turn.gone = self._take_leave()
         room = self._pass_tokens - len(turn.answers)
         begun: set[int] = set()
@@ -355,7 +355,7 @@ class EmbeddedEngine:
             for (seen, row), members in groups.items()
         ]
 
-    def _take(self, turn: _Turn) -> None:
+    def _take(self, turn: Turn) -> None:
         """Begin answers for which there is a slot, then run the pass. On the worker thread."""
         self._clear(turn.gone)
         with torch.inference_mode():
@@ -393,7 +393,7 @@ class EmbeddedEngine:
             answer.token = answer.expert.expert.activation.accept
         return True
 
-    def _settle(self, turn: _Turn, error: BaseException | None) -> None:
+    def _settle(self, turn: Turn, error: BaseException | None) -> None:
         """Hand on what a pass gave, and put away what has ended. On the event loop's thread."""
         if error is not None:
             for ask in turn.asks:
@@ -413,7 +413,7 @@ class EmbeddedEngine:
                 for number, (one, p) in enumerate(zip(members, decisions, strict=True)):
                     if one is None or self._experts.get(one.name) is one:
                         row = Row(branch, number, None if one is None else p, fed or one is None)
-                        prompt.rows[_name(one)] = row
+                        prompt.rows[name_of(one)] = row
             for ask in self._asks:
                 if not ask.done.done() and not ask.missing():
                     ask.done.set_result(None)
@@ -480,36 +480,3 @@ class EmbeddedEngine:
             return self._experts[name]
         except KeyError:
             raise ServingError(f"this engine holds no expert {name}; it holds {sorted(self._experts)}") from None
-
-
-def _name(one: Loaded | None) -> str | None:
-    return None if one is None else one.name
-
-
-def _left(one: Loaded | None) -> ServingError:
-    return ServingError(f"the expert {_name(one)} left before it was done; ask again")
-
-
-@dataclass(eq=False)
-class _Ask:
-    """Somebody is to go on from a prompt."""
-
-    prompt: Prompt
-    who: list[Loaded | None]
-    done: asyncio.Future[None]
-
-    def missing(self) -> list[Loaded | None]:
-        return [one for one in self.who if _name(one) not in self.prompt.rows]
-
-
-@dataclass(eq=False)
-class _Turn:
-    """One pass: answers to begin before it, answers to go on with, prompts to read, and what came of them."""
-
-    begun: list[Answer]
-    answers: list[Answer]
-    reads: list[Read] = field(default_factory=list)
-    asks: list[_Ask] = field(default_factory=list)
-    rows: list[tuple[Prompt, Branch, list[Loaded | None], bool]] = field(default_factory=list)
-    decisions: list[list[float]] = field(default_factory=list)
-    gone: list[Loaded] = field(default_factory=list)
