@@ -14,6 +14,10 @@ model and beside the time that reading the weights takes at this machine's copy 
 Prints tables; --out writes JSON. A figure that would take too long (N x prompt over --most) is left out.
 
     python jobs/bench_routing.py --out bench_routing.json
+
+A thousand experts of rank 16 on all layers take 10 GB; small ones show what their number costs:
+
+    python jobs/bench_routing.py --experts 1000 --prompts 400 --kinds oracle,activated --rank 4 --targets q_proj,v_proj
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -37,6 +42,7 @@ from see_ray.engine.embedded import EmbeddedEngine
 from see_ray.engine.interface import Expert
 from see_ray.terminal import TerminalListener, table
 
+T = TypeVar("T")
 Timed = Callable[[list[int]], Awaitable[None]]
 
 
@@ -45,6 +51,7 @@ Timed = Callable[[list[int]], Awaitable[None]]
 @click.option("--prompts", default="100,400,1500", show_default=True, help="Tokens of a prompt.")
 @click.option("--kinds", default="oracle,activated,full,peft_loop", show_default=True, help="What to run.")
 @click.option("--rank", default=16, show_default=True, help="LoRA rank.")
+@click.option("--targets", help="Layers that are adapted, such as q_proj,v_proj; unset: all but the output.")
 @click.option("--decode", default="1,16", show_default=True, help="Numbers of answers written together.")
 @click.option("--repeats", default=5, show_default=True, help="Runs of each; the table has medians.")
 @click.option("--most", default=4000, show_default=True, help="Prompt tokens of all experts together, full form.")
@@ -52,8 +59,8 @@ Timed = Callable[[list[int]], Awaitable[None]]
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="A setting.")
 def main(
-    experts: str, prompts: str, kinds: str, rank: int, decode: str, repeats: int, most: int, threads: int | None,
-    out: Path | None, settings: list[str],
+    experts: str, prompts: str, kinds: str, rank: int, targets: str | None, decode: str, repeats: int, most: int,
+    threads: int | None, out: Path | None, settings: list[str],
 ) -> None:  # fmt: skip
     import torch
 
@@ -62,10 +69,16 @@ def main(
     config = load_config(None, list(settings))
     base = find(config.base_model)
     numbers, lengths = ([int(item) for item in text.split(",")] for text in (experts, prompts))
-    report: dict[str, Any] = {"rank": rank, "threads": torch.get_num_threads(), "routing": [], "decode": []}
+    report: dict[str, Any] = {
+        "rank": rank,
+        "targets": targets,
+        "threads": torch.get_num_threads(),
+        "routing": [],
+        "decode": [],
+    }
     routing = report["routing"]
     with tempfile.TemporaryDirectory() as temporary, TerminalListener() as listener:
-        bench = Bench(base, config, Path(temporary), rank)
+        bench = Bench(base, config, Path(temporary), rank, targets.split(",") if targets else None)
         for count in numbers:
             listener.step(f"{count} experts")
             bench.grow(count)
@@ -107,18 +120,23 @@ def medians(bench: Bench, timed: dict[str, Timed], length: int, repeats: int) ->
 class Bench:
     """An engine with a growing number of random experts, in both forms."""
 
-    def __init__(self, base: BaseModel, config: Config, folder: Path, rank: int):
-        self._folder, self._rank, self.base, self.config = folder, rank, base, config
+    def __init__(self, base: BaseModel, config: Config, folder: Path, rank: int, targets: list[str] | None = None):
+        self._folder, self._rank, self._targets, self.base, self.config = folder, rank, targets, base, config
         self.activation = activation_of(load_tokenizer(base), config.base_model, config.fit)
         self.engine = EmbeddedEngine(base, config.base_model)
         self._count = 0
         self._peft: Any = None
 
+    def engine_thread(self, work: Callable[[], T]) -> T:
+        """Run what is compared on the engine's own thread: computing on two threads would slow both down."""
+        return self.engine._on_thread(work)
+
     def grow(self, count: int) -> None:
         """Make and load experts until there are that many: `e0`, and in the full form `full0`, and so on."""
         for number in range(self._count, count):
             folder = self._folder / str(number)
-            write_adapter(self.engine.model, folder, self._rank, seed=number)
+            make = partial(write_adapter, self.engine.model, folder, self._rank, number, self._targets)
+            self.engine_thread(make)
             self.engine.load(Expert(f"e{number}", folder, self.activation))
         self._count = max(self._count, count)
 
@@ -150,10 +168,10 @@ class Bench:
             await anext(self.engine.generate(prompt, f"full{count - 1}", 1))
 
         async def peft_loop(prompt: list[int]) -> None:
-            self._with_peft(count)(prompt)
+            self.engine_thread(lambda: self._with_peft(count)(prompt))
 
         if "peft_loop" in wanted:
-            self._with_peft(count)
+            self.engine_thread(lambda: self._with_peft(count))
         every = {"oracle": oracle, "activated": activated, "full": full_form, "peft_loop": peft_loop}
         return {kind: every[kind] for kind in wanted}
 
@@ -182,32 +200,29 @@ class Bench:
 
 
 def decoding(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: int = 24) -> dict[str, float]:
-    """Milliseconds between an answer's tokens: ours (each answer by another expert, in turn), plain generate's,
-    and what reading the weights once would take."""
+    """Milliseconds between an answer's tokens: ours (each answer by another expert, in turn; and all by the
+    generalist), plain generate's, and what reading the weights once would take."""
     import torch
 
     bench.engine.eos = frozenset()  # random adapters end when they like
-    model = load_model(bench.base, bench.config.base_model)
-    times: dict[str, list[float]] = {"engine": [], "generate": [], "bandwidth_limit": []}
-    weights = torch.cat([value.flatten() for value in model.parameters()])
+    model = bench.engine_thread(lambda: load_model(bench.base, bench.config.base_model))
+    weights = bench.engine_thread(lambda: torch.cat([value.flatten() for value in model.parameters()]))
     target = torch.empty_like(weights)
-    names = bench.engine.experts
+    names = [name for name in bench.engine.experts if name.startswith("e")]
 
-    async def answers(prompts: list[list[int]]) -> list[float]:
+    async def answers(prompts: list[list[int]], who: list[Any]) -> float:
         """Seconds between the first tokens of all and the last of all, over the steps between."""
 
         async def one(number: int) -> list[float]:
-            who = names[number % len(names)]
-            return [time.perf_counter() async for _ in bench.engine.generate(prompts[number], who, tokens)]
+            writer = who[number % len(who)]
+            return [time.perf_counter() async for _ in bench.engine.generate(prompts[number], writer, tokens)]
 
         stamps = await asyncio.gather(*(one(number) for number in range(rows)))
         began, ended = max(each[0] for each in stamps), min(each[-1] for each in stamps)
         steps = min(sum(began <= stamp <= ended for stamp in each) for each in stamps)
-        return [(ended - began) / max(1, steps - 1)]
+        return (ended - began) / max(1, steps - 1)
 
-    for _ in range(repeats):
-        prompts = [bench.prompt(prompt) for _ in range(rows)]
-        times["engine"] += asyncio.run(answers(prompts))
+    def plain(prompts: list[list[int]]) -> float:
         seconds = []
         for count in (1, tokens):
             began = time.perf_counter()
@@ -217,15 +232,25 @@ def decoding(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: i
                 max_new_tokens=count, pad_token_id=0,
             )  # fmt: skip
             seconds.append(time.perf_counter() - began)
-        times["generate"].append((seconds[1] - seconds[0]) / (tokens - 1))
+        return (seconds[1] - seconds[0]) / (tokens - 1)
+
+    def copy() -> float:
         began = time.perf_counter()
         target.copy_(weights)
-        times["bandwidth_limit"].append((time.perf_counter() - began) / 2)  # a copy reads and writes
+        return (time.perf_counter() - began) / 2  # a copy reads and writes
+
+    times: dict[str, list[float]] = {"engine": [], "engine_base": [], "generate": [], "bandwidth_limit": []}
+    for _ in range(repeats):
+        prompts = [bench.prompt(prompt) for _ in range(rows)]
+        times["engine"].append(asyncio.run(answers(prompts, names)))
+        times["engine_base"].append(asyncio.run(answers(prompts, [None])))
+        times["generate"].append(bench.engine_thread(partial(plain, prompts)))
+        times["bandwidth_limit"].append(bench.engine_thread(copy))
     return {f"{kind}_ms": round(statistics.median(each) * 1000, 1) for kind, each in times.items()}
 
 
-def write_adapter(model: Any, folder: Path, rank: int, seed: int) -> None:
-    """A PEFT folder with a random adapter on all linear layers but the output."""
+def write_adapter(model: Any, folder: Path, rank: int, seed: int, targets: list[str] | None = None) -> None:
+    """A PEFT folder with a random adapter on layers of these names, or on all linear layers but the output."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -235,12 +260,16 @@ def write_adapter(model: Any, folder: Path, rank: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     weights = {}
     for path, linear in linear_layers(model).items():
+        if targets and path.rpartition(".")[2] not in targets:
+            continue
         key = f"base_model.model.{path}.lora_{{}}.weight"
         weights[key.format("A")] = torch.randn(rank, linear.in_features, generator=draw) / linear.in_features**0.5
         weights[key.format("B")] = torch.randn(linear.out_features, rank, generator=draw) * 0.01
     folder.mkdir(parents=True)
     save_file(weights, folder / "adapter_model.safetensors")
-    LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear").save_pretrained(folder)
+    LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=targets or "all-linear").save_pretrained(
+        folder
+    )
 
 
 def as_table(routing: list[dict[str, Any]]) -> str:

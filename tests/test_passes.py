@@ -200,3 +200,22 @@ def test_an_adapter_of_the_output_layer_is_refused(made, tmp_path):
     )
     with pytest.raises(ServingError, match="lm_head"):
         bank.add("output", tmp_path)
+
+
+def test_few_tokens_in_bfloat16_are_as_among_many(tmp_path):
+    """Passes of one token, of two and of three take different kernels."""
+    model = plain("llama").to(torch.bfloat16)
+    bank = AdapterBank(model)
+    for seed in (1, 2):
+        bank.add(f"e{seed}", adapter(tmp_path / str(seed), "llama", seed=seed, rank=3))
+
+    def last(slots: tuple[int, ...]) -> torch.Tensor:
+        read = Read(EMPTY, (), branches=(Branch(0, (3,), slots),))
+        go(model, bank, [read])
+        return read.branches[0].hidden[:, -1].float()
+
+    many = last((1, 2, 0))
+    assert torch.allclose(last((1,)), many[:1], atol=0.05)
+    assert torch.allclose(last((1, 2)), many[:2], atol=0.05)
+    assert not torch.allclose(many[0], many[2], atol=0.1)
+    assert torch.backends.mkldnn.enabled

@@ -1,6 +1,6 @@
 """LoRA weights of many experts in one base model, each token of a forward pass with its own.
 
-They are stacked ([slots, in, r] and [slots, r, out]) in every linear layer that any of them adapts; each token
+They are stacked ([slots, r, in] and [slots, r, out]) in every linear layer that any of them adapts; each token
 of a pass names the slot that applies to it. Slot 0 is nobody's: the base model.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from see_ray.engine.kernels import are_few
 from see_ray.errors import ServingError
 
 ALONE = 32
@@ -24,6 +25,10 @@ ALONE = 32
 SPARSE = 2
 """A stretch of slots is read whole where it has at most this many times the slots that are wanted; else those are
 copied out of it."""
+
+FLOAT_SLOTS, FLOAT_TOKENS = 4, 64
+"""Up to so many slots and tokens the product is made in float32 on a CPU, whatever the weights are kept in: one of a
+token and a bfloat16 adapter takes 16 microseconds to start there, widening it and multiplying in float32 takes 4."""
 
 
 class AdapterBank:
@@ -43,7 +48,7 @@ class AdapterBank:
     @contextmanager
     def applied(self, slots: Sequence[int]) -> Iterator[None]:
         """The forward pass inside applies to each of its tokens the adapter in that slot."""
-        self.use = _Use.of(slots, self._model.device)
+        self.use = _Use.of(slots, self._model)
         try:
             yield
         finally:
@@ -64,9 +69,9 @@ class AdapterBank:
                     f"the adapter in {folder} changes {path}, which is no hidden linear layer of this base model; "
                     "it was made for another one"
                 )
-            if (inner.in_features, inner.out_features) != (down.shape[0], up.shape[1]):
+            if (inner.in_features, inner.out_features) != (down.shape[1], up.shape[1]):
                 raise ServingError(
-                    f"the adapter in {folder} has shape {down.shape[0]}x{up.shape[1]} at {path}, the base model "
+                    f"the adapter in {folder} has shape {down.shape[1]}x{up.shape[1]} at {path}, the base model "
                     f"{inner.in_features}x{inner.out_features}; it was made for another one"
                 )
         slot = self._slots.get(name) or min(set(range(1, len(self._slots) + 2)) - set(self._slots.values()))
@@ -88,48 +93,108 @@ class AdapterBank:
 
 
 @dataclass(frozen=True)
-class _Use:
-    """Which tokens of a pass have which adapter.
+class _Update:
+    """What a group of tokens adds to a linear layer's output.
 
     Attributes:
-        alone: (slot, its tokens) of experts with many tokens.
-        slots: of the others, either a stretch of them or their numbers.
-        tokens: [slots, most tokens of one], padded with 0.
-        real: the places of `tokens`, flattened, that are not padding; None if all are.
-        flat: the tokens at these places.
+        tokens: a stretch of them, as many for each slot; or [slots x most tokens of one], padded with 0.
+        slots: a stretch of slots, or their numbers.
+        count: how many slots.
+        floats: the product is made in float32.
+        real: the places of `tokens` that are not padding; None if all are.
+        flat: the tokens at these places; None for a stretch.
     """
 
-    alone: tuple[tuple[int, Tensor], ...]
-    slots: slice | Tensor | None
-    tokens: Tensor
-    real: Tensor | None
-    flat: Tensor
+    tokens: slice | Tensor
+    slots: slice | Tensor
+    count: int
+    floats: bool
+    real: Tensor | None = None
+    flat: Tensor | None = None
+
+    def add(self, inputs: Tensor, outputs: Tensor, down: Tensor, up: Tensor) -> None:
+        """[tokens, in] and [tokens, out] of all tokens; down [slots, r, in] and up [slots, r, out] of all slots."""
+        x = inputs[self.tokens] if isinstance(self.tokens, slice) else inputs.index_select(0, self.tokens)
+        down, up = down[self.slots], up[self.slots]
+        if self.floats:
+            x, down, up = x.float(), down.float(), up.float()
+        if self.count == 1:
+            made = x @ down[0].T @ up[0]
+        else:
+            made = torch.bmm(torch.bmm(x.unflatten(0, (self.count, -1)), down.transpose(1, 2)), up).flatten(0, 1)
+        if self.flat is None:
+            outputs[self.tokens].add_(made)
+        else:
+            made = made if self.real is None else made.index_select(0, self.real)
+            outputs.index_add_(0, self.flat, made.to(outputs.dtype))
+
+
+@dataclass(frozen=True)
+class _Single:
+    """One token of a pass of very few, in two products of a matrix and a vector."""
+
+    token: int
+    slot: int
+
+    def add(self, inputs: Tensor, outputs: Tensor, down: Tensor, up: Tensor) -> None:
+        outputs[self.token].addmv_(up[self.slot].T, torch.mv(down[self.slot], inputs[self.token]))
+
+
+@dataclass(frozen=True)
+class _Use:
+    """Which tokens of a pass have which adapter."""
+
+    updates: tuple[_Update | _Single, ...]
 
     @staticmethod
-    def of(slots: Sequence[int], device: Any) -> _Use | None:
+    def of(slots: Sequence[int], model: Any) -> _Use | None:
+        if are_few(model, len(slots)):
+            return _Use(tuple(_Single(token, slot) for token, slot in enumerate(slots) if slot))
+        device = model.device
         of_slot: dict[int, list[int]] = {}
         for token, slot in enumerate(slots):
             if slot:
                 of_slot.setdefault(slot, []).append(token)
         if not of_slot:
             return None
-        none = torch.empty(0, dtype=torch.long, device=device)
-        alone = tuple(
-            (slot, torch.tensor(tokens, device=device)) for slot, tokens in of_slot.items() if len(tokens) > ALONE
-        )
-        few = {slot: of_slot[slot] for slot in sorted(of_slot) if len(of_slot[slot]) <= ALONE}
-        if not few:
-            return _Use(alone, None, none, None, none)
-        first, last = min(few), max(few) + 1
-        stretch = last - first <= SPARSE * len(few)
-        chosen: slice | Tensor = slice(first, last) if stretch else torch.tensor([*few], device=device)
-        lines = [few.get(slot, []) for slot in (range(first, last) if stretch else few)]
-        width = max(map(len, lines))
-        table = torch.tensor([[*line, *[0] * (width - len(line))] for line in lines], device=device)
-        places = [row * width + column for row, line in enumerate(lines) for column in range(len(line))]
-        real = None if len(places) == table.numel() else torch.tensor(places, device=device)
-        flat = table.flatten() if real is None else table.flatten()[real]
-        return _Use(alone, chosen, table, real, flat)
+        alone = [slot for slot, tokens in of_slot.items() if len(tokens) > ALONE]
+        groups = [{slot: of_slot.pop(slot)} for slot in alone]
+        if of_slot:
+            groups.append({slot: of_slot[slot] for slot in sorted(of_slot)})
+        return _Use(tuple(_in_place(group, device) or _gathered(group, device) for group in groups))
+
+
+def _in_place(group: dict[int, list[int]], device: torch.device) -> _Update | None:
+    """Tokens and slots that both stand in a row, such as N experts' decisions or one answer's step, are used where
+    they are; None if these do not."""
+    tokens = [token for line in group.values() for token in line]
+    each, first = len(tokens) // len(group), min(group)
+    if (
+        any(len(line) != each for line in group.values())
+        or [*group] != [*range(first, first + len(group))]
+        or tokens != [*range(tokens[0], tokens[0] + len(tokens))]
+    ):
+        return None
+    places = slice(tokens[0], tokens[0] + len(tokens))
+    return _Update(places, slice(first, first + len(group)), len(group), _floats(len(group), len(tokens), device))
+
+
+def _gathered(group: dict[int, list[int]], device: torch.device) -> _Update:
+    first, last = min(group), max(group) + 1
+    stretch = last - first <= SPARSE * len(group)
+    chosen: slice | Tensor = slice(first, last) if stretch else torch.tensor([*group], device=device)
+    lines = [group.get(slot, []) for slot in (range(first, last) if stretch else group)]
+    width = max(map(len, lines))
+    table = torch.tensor([[*line, *[0] * (width - len(line))] for line in lines], device=device)
+    places = [row * width + column for row, line in enumerate(lines) for column in range(len(line))]
+    real = None if len(places) == table.numel() else torch.tensor(places, device=device)
+    table = table.flatten()
+    flat = table if real is None else table[real]
+    return _Update(table, chosen, len(lines), _floats(len(lines), table.numel(), device), real, flat)
+
+
+def _floats(slots: int, tokens: int, device: torch.device) -> bool:
+    return device.type == "cpu" and slots <= FLOAT_SLOTS and tokens <= FLOAT_TOKENS
 
 
 class _StackedLinear(nn.Module):
@@ -139,22 +204,18 @@ class _StackedLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self._bank = bank
-        self.down = linear.weight.new_zeros(1, linear.in_features, 1)
+        self.down = linear.weight.new_zeros(1, 1, linear.in_features)
         self.up = linear.weight.new_zeros(1, 1, linear.out_features)
 
     def put(self, slot: int, update: tuple[Tensor, Tensor] | None, room: int) -> None:
         """Set a slot to an update (None clears it), making room for that many slots."""
-        rank = max(self.down.shape[2], update[0].shape[1] if update else 1)
-        if (room, rank) != (self.down.shape[0], self.down.shape[2]):
-            down, up = self.down, self.up
-            self.down = down.new_zeros(room, down.shape[1], rank)
-            self.up = up.new_zeros(room, rank, up.shape[2])
-            self.down[: down.shape[0], :, : down.shape[2]] = down
-            self.up[: up.shape[0], : up.shape[1]] = up
-        self.down[slot], self.up[slot] = 0, 0
-        if update:
-            self.down[slot, :, : update[0].shape[1]] = update[0]
-            self.up[slot, : update[1].shape[0]] = update[1]
+        rank = max(self.down.shape[1], update[0].shape[0] if update else 1)
+        if (room, rank) != self.down.shape[:2]:
+            self.down, self.up = (_grown(stack, room, rank) for stack in (self.down, self.up))
+        for number, stack in enumerate((self.down, self.up)):
+            stack[slot] = 0
+            if update:
+                stack[slot, : update[number].shape[0]] = update[number]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear(x)
@@ -162,12 +223,15 @@ class _StackedLinear(nn.Module):
         if use is None:
             return y
         inputs, outputs = x.flatten(0, -2), y.flatten(0, -2)
-        for slot, tokens in use.alone:
-            outputs.index_add_(0, tokens, (inputs[tokens] @ self.down[slot]) @ self.up[slot])
-        if use.slots is not None:
-            update = torch.bmm(torch.bmm(inputs[use.tokens], self.down[use.slots]), self.up[use.slots]).flatten(0, 1)
-            outputs.index_add_(0, use.flat, update if use.real is None else update[use.real])
+        for update in use.updates:
+            update.add(inputs, outputs, self.down, self.up)
         return y
+
+
+def _grown(stack: Tensor, room: int, rank: int) -> Tensor:
+    grown = stack.new_zeros(room, rank, stack.shape[2])
+    grown[: stack.shape[0], : stack.shape[1]] = stack
+    return grown
 
 
 def linear_layers(model: Any) -> dict[str, nn.Linear]:
@@ -184,7 +248,7 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
 
 
 def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A PEFT LoRA folder as {module path: (down [in, r], up [r, out], scale folded in)}."""
+    """A PEFT LoRA folder as {module path: (down [r, in], up [r, out], scale folded in)}."""
     from safetensors.torch import load_file
 
     try:
@@ -201,7 +265,7 @@ def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         path, _, kind = key.removeprefix("base_model.model.").partition(".lora_")
         if kind == "A.weight":
             up = weights[key.replace(".lora_A.", ".lora_B.")]
-            updates[path] = (value.T, up.T * scale)
+            updates[path] = (value, up.T * scale)
         elif kind != "B.weight":
             raise ServingError(f"the adapter in {folder} has {key}, which is not a LoRA weight")
     if not updates:

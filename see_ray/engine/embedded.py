@@ -7,7 +7,9 @@ joins between two passes; one that is finished or given up leaves. No token of a
 answer and generalist go on from the same keys and values (`engine.prompts`), and answers are written in slots
 of bounded memory (`engine.slots`).
 
-PyTorch runs on one worker thread, one pass at a time. The engine knows token ids only; text is `engine.text`'s
+PyTorch runs on one worker thread, one pass at a time; loading, too: each thread that computes has OpenMP threads of
+its own, and where there are more of these than cores they sleep between two operations instead of waiting awake,
+which makes small operations many times slower. The engine knows token ids only; text is `engine.text`'s
 business.
 """
 
@@ -17,7 +19,6 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -29,9 +30,11 @@ from see_ray.config import BaseModelConfig
 from see_ray.engine.adapters import AdapterBank
 from see_ray.engine.answers import Answer, Loaded
 from see_ray.engine.interface import Draw, Expert, Token
+from see_ray.engine.kernels import kernels
 from see_ray.engine.passes import Branch, Read, Step, run
-from see_ray.engine.prompts import Prompt, PromptStore, Row
+from see_ray.engine.prompts import PromptStore, Row
 from see_ray.engine.slots import SlotPool, bytes_per_token, of_tokens
+from see_ray.engine.turns import Ask, Turn, left_error, name_of
 from see_ray.errors import ServingError
 from see_ray.prefix import Prefix, logits_of, packs
 
@@ -77,7 +80,9 @@ class EmbeddedEngine:
         pass_tokens: int = 512,
         told: Callable[[str, float], None] = lambda what, value: None,
     ):
-        self.model = load_model(base, config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = self._on_thread(lambda: load_model(base, config, chosen))
         if not packs(self.model):
             raise ServingError(
                 f"{base.name} does not take transformers' attention interface, which the embedded engine needs"
@@ -85,16 +90,16 @@ class EmbeddedEngine:
         eos = self.model.generation_config.eos_token_id
         self.eos = frozenset([eos] if isinstance(eos, int) else eos or [])
         self._bank = AdapterBank(self.model)
+        self._unchanged: dict[tuple[tuple[int, ...], int], Tensor] = {}  # the base model's logits, to compare with
         self._experts: dict[str, Loaded] = {}
         self._leaving: list[Loaded] = []
         self._prompts = PromptStore(prefix_tokens)
         self._pass_tokens = pass_tokens
         self._told = told
-        self._asks: list[_Ask] = []
+        self._asks: list[Ask] = []
         self._begun: list[Answer] = []  # wait for a slot
         self._answers: list[Answer] = []
         self._worker: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._lock = threading.Lock()  # of what both the event loop's and the worker's thread change
         self._like = self._on_thread(lambda: self._read_now([0], 0).layers)
         self._pool = SlotPool(int(kv_gb * 1e9 / bytes_per_token(self._like)))
@@ -116,10 +121,12 @@ class EmbeddedEngine:
             self._experts[expert.name] = loaded
 
     def _add(self, loaded: Loaded) -> None:
-        expert, probe = loaded.expert, list(loaded.expert.activation.generation_prompt) * 2
+        expert, probe = loaded.expert, loaded.expert.activation.generation_prompt * 2
         self._bank.add(loaded.key, expert.folder)
         loaded.slot = self._bank.slot(loaded.key)
-        if torch.equal(self._logits(probe, loaded, 0), self._logits(probe, loaded, loaded.slot)):
+        if (probe, loaded.adapted) not in self._unchanged:
+            self._unchanged[probe, loaded.adapted] = self._logits(probe, loaded, 0)
+        if torch.equal(self._unchanged[probe, loaded.adapted], self._logits(probe, loaded, loaded.slot)):
             self._bank.remove(loaded.key)
             raise ServingError(
                 f"the adapter of {expert.name} in {expert.folder} changes nothing: all its updates are zero; "
@@ -236,7 +243,7 @@ class EmbeddedEngine:
             answer.prompt = kept
             with self._lock:
                 if loaded and loaded.gone:
-                    raise _left(loaded)
+                    raise left_error(loaded)
                 self._begun.append(answer)
             self._wake()
             while (token := await answer.tokens.get()) is not None:
@@ -250,7 +257,8 @@ class EmbeddedEngine:
     async def read(self, prompt: Sequence[int]) -> list[Any]:
         """Keys and values of a prompt as the base model reads it, as arrays for :meth:`adopt`."""
         await self._ask(prompt, [None])
-        return self._prompts.get(tuple(prompt), None).prefix.arrays()
+        prefix = self._prompts.get(tuple(prompt), None).prefix
+        return await asyncio.get_running_loop().run_in_executor(self._thread, prefix.arrays)
 
     def adopt(self, prompt: Sequence[int], arrays: Sequence[Any]) -> None:
         """Take over what another engine of the same base model has read of a prompt."""
@@ -264,15 +272,15 @@ class EmbeddedEngine:
         self._told("hit", kept.prefix.lengths[0])
         self._told("miss", kept.left)
         kept.users += 1
-        ask = _Ask(kept, list(who), asyncio.get_running_loop().create_future())
+        ask = Ask(kept, list(who), asyncio.get_running_loop().create_future())
         try:
             if ask.missing():
                 self._asks.append(ask)
                 self._wake()
                 await ask.done
             if missing := ask.missing():
-                raise _left(missing[0])
-            return {name: kept.rows[name] for name in map(_name, who)}
+                raise left_error(missing[0])
+            return {name: kept.rows[name] for name in map(name_of, who)}
         finally:
             ask.done.cancel()
             kept.users -= 1
@@ -296,14 +304,14 @@ class EmbeddedEngine:
             with self._lock:
                 self._settle(turn, error)
 
-    def _plan(self) -> _Turn:
+    def _plan(self) -> Turn:
         """What the next pass does."""
         for ask in self._asks:
             gone = [one for one in ask.who if one and self._experts.get(one.name) is not one]
             if gone and not ask.done.done():
-                ask.done.set_exception(_left(gone[0]))
+                ask.done.set_exception(left_error(gone[0]))
         self._asks = [ask for ask in self._asks if not ask.done.done()]
-        turn = _Turn(self._begun, [answer for answer in self._answers if not answer.over][:STEP_ROWS])
+        turn = Turn(self._begun, [answer for answer in self._answers if not answer.over][:STEP_ROWS])
         turn.gone = self._take_leave()
         room = self._pass_tokens - len(turn.answers)
         begun: set[int] = set()
@@ -337,7 +345,8 @@ class EmbeddedEngine:
     ) -> list[tuple[Branch, list[Loaded | None]]]:
         """Rows that read the same tokens stand in one branch."""
         groups: dict[tuple[int, tuple[int, ...]], list[Loaded | None]] = {}
-        for one in who:
+        # In the order of their slots: adapters that stand in a row are used where they are.
+        for one in sorted(who, key=lambda one: one.slot if one else 0):
             adapted = one.adapted if one else 1
             more = (one.expert.activation.accept,) if one and fed else ()
             groups.setdefault((len(ids) - adapted, (*ids[-adapted:], *more)), []).append(one)
@@ -346,7 +355,7 @@ class EmbeddedEngine:
             for (seen, row), members in groups.items()
         ]
 
-    def _take(self, turn: _Turn) -> None:
+    def _take(self, turn: Turn) -> None:
         """Begin answers for which there is a slot, then run the pass. On the worker thread."""
         self._clear(turn.gone)
         with torch.inference_mode():
@@ -356,8 +365,10 @@ class EmbeddedEngine:
             steps = [answer.step() for answer in turn.answers]
             self._pass(turn.reads, steps)
             if steps:
-                logits = logits_of(self.model, torch.stack([step.hidden for step in steps]))
-                for answer, row, best in zip(turn.answers, logits, logits.argmax(-1).tolist(), strict=True):
+                logits = self._all_logits(torch.stack([step.hidden for step in steps]))
+                # In float32: PyTorch's search in bfloat16 takes four times as long on a CPU.
+                likeliest = logits.float().argmax(-1).tolist()
+                for answer, row, best in zip(turn.answers, logits, likeliest, strict=True):
                     answer.choose(row, best, self.eos)
             for _, branch, members, _ in turn.rows:
                 turn.decisions.append(self._decisions(branch, members))
@@ -375,14 +386,14 @@ class EmbeddedEngine:
         slot.append(branch.layers, answer.row.number)
         answer.slot = slot
         if answer.row.fed:
-            logits = logits_of(self.model, answer.row.last)
-            answer.choose(logits, int(logits.argmax()), self.eos)
+            logits = self._all_logits(answer.row.last[None])[0]
+            answer.choose(logits, int(logits.float().argmax()), self.eos)
         else:
             assert answer.expert is not None
             answer.token = answer.expert.expert.activation.accept
         return True
 
-    def _settle(self, turn: _Turn, error: BaseException | None) -> None:
+    def _settle(self, turn: Turn, error: BaseException | None) -> None:
         """Hand on what a pass gave, and put away what has ended. On the event loop's thread."""
         if error is not None:
             for ask in turn.asks:
@@ -402,7 +413,7 @@ class EmbeddedEngine:
                 for number, (one, p) in enumerate(zip(members, decisions, strict=True)):
                     if one is None or self._experts.get(one.name) is one:
                         row = Row(branch, number, None if one is None else p, fed or one is None)
-                        prompt.rows[_name(one)] = row
+                        prompt.rows[name_of(one)] = row
             for ask in self._asks:
                 if not ask.done.done() and not ask.missing():
                     ask.done.set_result(None)
@@ -454,7 +465,12 @@ class EmbeddedEngine:
         """All logits behind a prompt, with the adapter in that slot where the expert is activated."""
         read = self._whole(prompt, loaded, slot)
         self._pass([read], [])
-        return logits_of(self.model, read.branches[0].hidden[0, -1])
+        return self._all_logits(read.branches[0].hidden[0, -1:])[0]
+
+    def _all_logits(self, hidden: Tensor) -> Tensor:
+        """[rows, vocabulary]"""
+        with kernels(self.model, len(hidden)):
+            return logits_of(self.model, hidden)
 
     def _on_thread(self, work: Callable[[], T]) -> T:
         return self._thread.submit(work).result()
@@ -464,36 +480,3 @@ class EmbeddedEngine:
             return self._experts[name]
         except KeyError:
             raise ServingError(f"this engine holds no expert {name}; it holds {sorted(self._experts)}") from None
-
-
-def _name(one: Loaded | None) -> str | None:
-    return None if one is None else one.name
-
-
-def _left(one: Loaded | None) -> ServingError:
-    return ServingError(f"the expert {_name(one)} left before it was done; ask again")
-
-
-@dataclass(eq=False)
-class _Ask:
-    """Somebody is to go on from a prompt."""
-
-    prompt: Prompt
-    who: list[Loaded | None]
-    done: asyncio.Future[None]
-
-    def missing(self) -> list[Loaded | None]:
-        return [one for one in self.who if _name(one) not in self.prompt.rows]
-
-
-@dataclass(eq=False)
-class _Turn:
-    """One pass: answers to begin before it, answers to go on with, prompts to read, and what came of them."""
-
-    begun: list[Answer]
-    answers: list[Answer]
-    reads: list[Read] = field(default_factory=list)
-    asks: list[_Ask] = field(default_factory=list)
-    rows: list[tuple[Prompt, Branch, list[Loaded | None], bool]] = field(default_factory=list)
-    decisions: list[list[float]] = field(default_factory=list)
-    gone: list[Loaded] = field(default_factory=list)

@@ -13,7 +13,7 @@ registered with transformers as a function of its own, sees them apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from see_ray.engine.adapters import AdapterBank
+from see_ray.engine.kernels import kernels
 from see_ray.engine.slots import Shelf, Slot, joined
 from see_ray.errors import ServingError
 from see_ray.prefix import Prefix
@@ -101,7 +102,7 @@ def run(model: Any, bank: AdapterBank, reads: Sequence[Read], steps: Sequence[St
     before = decoder.config._attn_implementation
     decoder.config._attn_implementation = _NAME
     try:
-        with bank.applied(work.adapters):
+        with bank.applied(work.adapters), kernels(model, len(work.ids)):
             hidden = decoder(
                 input_ids=torch.tensor([work.ids], device=model.device),
                 position_ids=torch.tensor([work.positions], device=model.device),
@@ -192,19 +193,21 @@ class _Group:
     first: int
     last: int
     longest: int
+    alone: tuple[int, int, int] | None
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(slots: Sequence[Slot], tokens: Iterable[int], device: Any) -> _Group:
+    def of(slots: Sequence[Slot], tokens: Sequence[int], device: Any) -> _Group:
         rows, lengths = [slot.row for slot in slots], [slot.length for slot in slots]
         return _Group(
             slots[0].shelf,
-            torch.tensor([*tokens], device=device),
+            torch.tensor(tokens, device=device),
             torch.tensor(rows, device=device),
             torch.tensor(lengths, device=device),
             min(rows),
             max(rows) + 1,
             max(lengths) + 1,
+            (tokens[0], rows[0], lengths[0]) if len(slots) == 1 else None,
         )
 
     def attend(
@@ -212,6 +215,9 @@ class _Group:
     ) -> None:
         """Writes the keys and values into the slots, and into `out` what the tokens see."""
         keys, values = self.shelf.layers[layer]
+        if self.alone:
+            self._attend_alone(*self.alone, keys, values, query, key, value, scale, window, out)
+            return
         keys[self.rows, :, self.lengths] = key[:, self.tokens].transpose(0, 1)
         values[self.rows, :, self.lengths] = value[:, self.tokens].transpose(0, 1)
         # Rows between that take no step now are computed, too, on whatever stands there: cheaper than a copy.
@@ -221,11 +227,25 @@ class _Group:
         # The heads that share keys stand as queries beside each other: nothing is repeated.
         q = q.unflatten(1, (heads, -1))
         k, v = (t[self.first : self.last, :, : self.longest] for t in (keys, values))
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=self._mask(window, rows, among), scale=scale)
+        mask = self._mask(window, rows, among, query.dtype)
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         out[self.tokens] = attended.flatten(1, 2)[among]
 
-    def _mask(self, window: int | None, rows: int, among: Tensor) -> Tensor:
-        """[rows, 1, 1, longest]"""
+    @staticmethod
+    def _attend_alone(
+        token: int, row: int, length: int, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor,
+        scale: float, window: int | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        """One answer's step: its keys end where it stands, so there is nothing to mask."""
+        keys[row, :, length] = key[:, token]
+        values[row, :, length] = value[:, token]
+        start = 0 if window is None else max(0, length + 1 - window)
+        k, v = keys[None, row, :, start : length + 1], values[None, row, :, start : length + 1]
+        q = query[None, :, token].unflatten(1, (keys.shape[1], -1))
+        out[token] = scaled_dot_product_attention(q, k, v, scale=scale)[0].flatten(0, 1)
+
+    def _mask(self, window: int | None, rows: int, among: Tensor, dtype: torch.dtype) -> Tensor:
+        """[rows, 1, 1, longest], to be added to the scores: a mask of truth values is turned into one by each layer."""
         if window not in self._masks:
             stop = self.lengths.new_ones(rows)
             stop[among] = self.lengths + 1
@@ -233,7 +253,8 @@ class _Group:
             seen = place < stop[:, None]
             if window is not None:
                 seen &= place >= stop[:, None] - window
-            self._masks[window] = seen[:, None, None, :]
+            mask = torch.zeros(seen.shape, dtype=dtype, device=stop.device).masked_fill_(~seen, float("-inf"))
+            self._masks[window] = mask[:, None, None, :]
         return self._masks[window]
 
 
@@ -262,26 +283,59 @@ def _branch_attention(
     """
     rows, heads, tokens, size = query.shape
     shared = key.shape[1]
-    most = max(1, MOST_SCORES // max(1, heads * tokens * (seen[0].shape[1] if seen else 1)))
-    if rows > most:
-        parts = zip(query.split(most), key.split(most), value.split(most), strict=True)
-        return torch.cat([_branch_attention(*part, seen, scale, window) for part in parts])
-    q = query.reshape(rows, shared, heads // shared, tokens, size) * scale
-    place = torch.arange(tokens, device=query.device)
-    distance = place[:, None] - place[None, :]
-    visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    own = torch.einsum("rhgtd,rhsd->rhgts", q, key).float().masked_fill(~visible, float("-inf"))
-    of_own = torch.einsum("rhgts,rhsd->rhgtd", own.softmax(-1).to(value.dtype), value)
+    q = query.reshape(rows, shared, heads // shared, tokens, size)
+    if tokens == 1:  # it sees itself: its weight is one, its sum is its score
+        of_own = value[:, :, None].expand(-1, -1, heads // shared, -1, -1)
+        sum_own = (q * key[:, :, None]).sum(-1, dtype=torch.float32) * scale
+    else:
+        place = torch.arange(tokens, device=query.device)
+        distance = place[:, None] - place[None, :]
+        visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        scores = torch.matmul(q.float() * scale, key[:, :, None].float().transpose(-1, -2))
+        scores = scores.masked_fill_(~visible, float("-inf"))
+        sum_own = scores.logsumexp(-1)
+        of_own = torch.matmul((scores - sum_own[..., None]).exp_(), value[:, :, None].float())
     if seen is not None and seen[0].shape[1]:
-        length = seen[0].shape[1]
-        scores = torch.einsum("rhgtd,hpd->hrgtp", q, seen[0]).float()
+        flat = q.permute(1, 2, 0, 3, 4).flatten(1, 3)  # [key heads, heads that share them x rows x tokens, head size]
+        of_seen, sum_seen = _over_prefix(flat, seen[0], seen[1], tokens, scale, window)
+        of_seen, sum_seen = (
+            part.unflatten(1, (heads // shared, rows, tokens)).transpose(0, 2).transpose(1, 2)
+            for part in (of_seen, sum_seen)
+        )
+        of_own = torch.lerp(of_own.float(), of_seen.float(), torch.sigmoid(sum_seen - sum_own)[..., None])
+    return of_own.to(query.dtype).reshape(rows, heads, tokens, -1).transpose(1, 2)
+
+
+def _over_prefix(
+    query: Tensor, key: Tensor, value: Tensor, tokens: int, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """What rows see of the prompt before them.
+
+    Args:
+        query: [key heads, queries, head size]; the last dimension of the queries is the row's token, of `tokens`.
+        key, value: [key heads, prompt tokens, head size].
+
+    Returns:
+        [key heads, queries, head size], and the logarithm of the sum of the scores' exponentials, [key heads, queries].
+    """
+    length = key.shape[1]
+    if query.device.type == "cpu" and (window is None or window >= length + tokens):
+        # What scaled_dot_product_attention calls on a CPU, but it keeps the sums to itself.
+        made, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query[None], key[None], value[None], scale=scale
+        )
+        return made[0], sums[0].reshape(query.shape[:2])
+    most = max(1, MOST_SCORES // (query.shape[0] * length * tokens)) * tokens
+    made, sums = [], []
+    for part in query.split(most, dim=1):
+        scores = torch.matmul(part * scale, key.transpose(1, 2)).float()
         if window is not None:
-            away = length + place[:, None] - torch.arange(length, device=query.device)[None, :]
+            place = torch.arange(part.shape[1], device=query.device)[:, None] % tokens
+            away = length + place - torch.arange(length, device=query.device)[None, :]
             scores = scores.masked_fill(away >= window, -1e30)
-        of_seen = torch.einsum("hrgtp,hpd->rhgtd", scores.softmax(-1).to(value.dtype), seen[1])
-        weight = torch.sigmoid(scores.logsumexp(-1).transpose(0, 1) - own.logsumexp(-1))[..., None].to(value.dtype)
-        of_own = of_seen * weight + of_own * (1 - weight)
-    return of_own.reshape(rows, heads, tokens, -1).transpose(1, 2)
+        sums.append(scores.logsumexp(-1))
+        made.append(torch.matmul(scores.softmax(-1).to(value.dtype), value))
+    return torch.cat(made, dim=1), torch.cat(sums, dim=1)
 
 
 def _attention(

@@ -141,7 +141,7 @@ class VllmEngine:
                 f"the adapter of {expert.name} in {expert.folder} changes nothing: "
                 "all its updates are zero; fit it again"
             )
-        rank = max(down.shape[1] for down, _ in weights)
+        rank = max(down.shape[0] for down, _ in weights)
         if rank > self._max_rank:
             raise ServingError(
                 f"the adapter of {expert.name} in {expert.folder} has rank {rank}, this engine has room for "

@@ -1,0 +1,44 @@
+"""What is asked of the embedded engine, and what one pass does of it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from see_ray.engine.answers import Answer, Loaded
+from see_ray.engine.passes import Branch, Read
+from see_ray.engine.prompts import Prompt
+from see_ray.errors import ServingError
+
+
+def name_of(one: Loaded | None) -> str | None:
+    return None if one is None else one.name
+
+
+def left_error(one: Loaded | None) -> ServingError:
+    return ServingError(f"the expert {name_of(one)} left before it was done; ask again")
+
+
+@dataclass(eq=False)
+class Ask:
+    """Somebody is to go on from a prompt."""
+
+    prompt: Prompt
+    who: list[Loaded | None]
+    done: asyncio.Future[None]
+
+    def missing(self) -> list[Loaded | None]:
+        return [one for one in self.who if name_of(one) not in self.prompt.rows]
+
+
+@dataclass(eq=False)
+class Turn:
+    """One pass: answers to begin before it, answers to go on with, prompts to read, and what came of them."""
+
+    begun: list[Answer]
+    answers: list[Answer]
+    reads: list[Read] = field(default_factory=list)
+    asks: list[Ask] = field(default_factory=list)
+    rows: list[tuple[Prompt, Branch, list[Loaded | None], bool]] = field(default_factory=list)
+    decisions: list[list[float]] = field(default_factory=list)
+    gone: list[Loaded] = field(default_factory=list)
