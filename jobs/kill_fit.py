@@ -67,7 +67,9 @@ def main(kills: int, seed: int, rows: int, epochs: int, workers: int, out: Path 
     wanted = {key: report["peace"][key] for key in ("steps", "fewest_reads", "most_reads")}
     off = [name for name, made in report.items() if any(made[key] != value for key, value in wanted.items())]
     spread = [abs(made["last_loss"] - report["peace"]["last_loss"]) for made in report.values()]
-    print(f"{done} kills; losses differ by at most {max(spread):.5f}; other steps or reads in: {', '.join(off) or 'none'}")
+    print(
+        f"{done} kills; losses differ by at most {max(spread):.5f}; other steps or reads in: {', '.join(off) or 'none'}"
+    )
     sys.exit(1 if off or max(spread) > LOSS_WITHIN else 0)
 
 
