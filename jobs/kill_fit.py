@@ -85,7 +85,7 @@ def learn(folder: Path, name: str, settings: list[str], draw: random.Random, kil
     began = time.monotonic()
     while sum(killed.values()) < kills:
         # Long enough to get to a checkpoint now and then, short enough to hit every phase.
-        wait = time.monotonic() + draw.uniform(5, 60)
+        wait = time.monotonic() + draw.uniform(5, 45)
         while time.monotonic() < wait and driver.poll() is None:
             time.sleep(0.2)
         if driver.poll() is not None:

@@ -103,7 +103,8 @@ def test_the_losses_are_those_of_deepspeed(both):
     made, _, told, _, dtype = both
     assert len(made.losses) == 18
     assert made.losses == pytest.approx(told["losses"], rel=1e-4 if dtype == "float32" else 0.02)
-    assert made.losses[-1] < made.losses[0] - 0.5
+    assert made.comparison is not None
+    assert made.comparison.expert_loss < made.comparison.generalist_loss - 0.05  # it has learned something
 
 
 def test_the_adapter_is_that_of_deepspeed(both):
