@@ -144,7 +144,8 @@ async def load(
             question = [{"role": "user", "content": prompts[number]}]
             async with limit:
                 answer = await client.post(
-                    f"{url}/v1/chat/completions", json={"model": model, "messages": question, "max_tokens": tokens}
+                    f"{url}/v1/chat/completions",
+                    json={"model": model, "messages": question, "max_tokens": tokens, "ignore_eos": True},
                 )
             who[number] = answer.raise_for_status().headers["x-see-expert"]
 

@@ -39,7 +39,7 @@ from see_ray.activation import activation_of
 from see_ray.base_model import BaseModel, find, load_model, load_tokenizer
 from see_ray.config import Config, load_config
 from see_ray.engine.embedded import EmbeddedEngine
-from see_ray.engine.interface import Expert
+from see_ray.engine.interface import Draw, Expert
 from see_ray.terminal import TerminalListener, table
 
 T = TypeVar("T")
@@ -204,7 +204,7 @@ def decoding(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: i
     generalist), plain generate's, and what reading the weights once would take."""
     import torch
 
-    bench.engine.eos = frozenset()  # random adapters end when they like
+    whole = Draw(ignore_eos=True)  # random adapters end when they like
     model = bench.engine_thread(lambda: load_model(bench.base, bench.config.base_model))
     weights = bench.engine_thread(lambda: torch.cat([value.flatten() for value in model.parameters()]))
     target = torch.empty_like(weights)
@@ -215,7 +215,7 @@ def decoding(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: i
 
         async def one(number: int) -> list[float]:
             writer = who[number % len(who)]
-            return [time.perf_counter() async for _ in bench.engine.generate(prompts[number], writer, tokens)]
+            return [time.perf_counter() async for _ in bench.engine.generate(prompts[number], writer, tokens, whole)]
 
         stamps = await asyncio.gather(*(one(number) for number in range(rows)))
         began, ended = max(each[0] for each in stamps), min(each[-1] for each in stamps)

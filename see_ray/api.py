@@ -46,6 +46,7 @@ class Sampling:
     stop: tuple[str, ...]
     seed: int | None
     logprobs: int | None = None  # how many of the likeliest tokens to name beside each; None: no log-probabilities
+    ignore_eos: bool = False  # go on to max_tokens
 
 
 class _Object(BaseModel):
@@ -139,6 +140,7 @@ class _Generation(_Object):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(default=1, ge=1, le=MOST_ANSWERS)
+    ignore_eos: bool = False  # vLLM's addition to the API, for load tests
     frequency_penalty: Annotated[Any, _only(0, why="penalties are not applied")] = None
     presence_penalty: Annotated[Any, _only(0, why="penalties are not applied")] = None
 
@@ -149,7 +151,7 @@ class _Generation(_Object):
 
     def sampling(self) -> Sampling:
         """How to pick the tokens of this answer."""
-        return Sampling(self.max_tokens, self.temperature, self.top_p, self.stop, self.seed)
+        return Sampling(self.max_tokens, self.temperature, self.top_p, self.stop, self.seed, ignore_eos=self.ignore_eos)
 
 
 class ChatRequest(_Generation):

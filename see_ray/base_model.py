@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def load_tokenizer(base: BaseModel) -> Any:
     Raises:
         BaseModelError: no tokenizer, or one without a chat template.
     """
-    with _quiet_transformers():
+    with _lean_transformers():
         from transformers import AutoTokenizer
 
         try:
@@ -147,7 +148,7 @@ def load_model(base: BaseModel, config: BaseModelConfig, device: str = "cpu") ->
         BaseModelError: an architecture that transformers does not know, or damaged weights.
     """
     dtype = dtype_of(config)
-    with _quiet_transformers():
+    with _lean_transformers():
         from transformers import AutoModelForCausalLM
 
         try:
@@ -224,7 +225,7 @@ def _from_gguf(name: str, file: Path, config: BaseModelConfig) -> BaseModel:
 
 
 def _convert_gguf(file: Path, target: Path) -> None:
-    with _quiet_transformers():
+    with _lean_transformers():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -357,8 +358,15 @@ def _once(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars and notes; ours say what a person needs."""
+def _lean_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars and notes (ours say what a person needs), and without scikit-learn.
+
+    transformers imports that, and pandas and scipy with it, for one function of assisted generation: 80 MB in each
+    process that holds the model, and a second or two of its start.
+    """
+    unwanted = "sklearn" not in sys.modules
+    if unwanted:
+        sys.modules["sklearn"] = None  # type: ignore[assignment]  # to importlib: there is none
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -367,6 +375,8 @@ def _quiet_transformers() -> Iterator[None]:
     try:
         yield
     finally:
+        if unwanted:
+            del sys.modules["sklearn"]
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()

@@ -69,13 +69,13 @@ class Ensemble(Holder):
             together.cancel()
 
     async def answer(
-        self, prompt: list[int], expert: str | None, max_tokens: int, sampling: Sampling
+        self, prompt: list[int], expert: str | None, max_tokens: int, sampling: Sampling, stream: bool
     ) -> AsyncIterator[Any]:
         """The trace, then the answer as pieces of text; see `engine.text.Piece`."""
         trace = await self.route(prompt, expert)
         yield trace
         who = None if trace.answered_by == GENERALIST else trace.answered_by
-        async for piece in self._pieces(prompt, who, max_tokens, sampling):
+        async for piece in self._pieces(prompt, who, max_tokens, sampling, stream):
             yield piece
 
     async def check_health(self) -> None:

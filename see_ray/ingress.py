@@ -185,11 +185,12 @@ class Ingress:
             max_tokens = self._room(len(prompt), sampling.max_tokens)
             live = self._live  # one version for walk and answer
             who = self._named(live, body.model)
-            trace, first_answer = await self._topology.answer(live, prompt, who, max_tokens, sampling)
+            trace, first_answer = await self._topology.answer(live, prompt, who, max_tokens, sampling, body.stream)
             answers = [first_answer]
             for number in range(1, body.n):  # more answers, all by whom the chain has found
                 seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + number)
-                again = await self._topology.answer(live, prompt, trace.answered_by, max_tokens, seeded)
+                answerer = trace.answered_by
+                again = await self._topology.answer(live, prompt, answerer, max_tokens, seeded, body.stream)
                 answers.append(again[1])
             choices = _together([self._choices(answer, i, sampling, shape) for i, answer in enumerate(answers)])
             first = await anext(choices)  # what fails before the first piece is an HTTP error, not half an answer

@@ -104,16 +104,17 @@ class Holder:
         return manifest
 
     async def _pieces(
-        self, prompt: list[int], expert: str | None, max_tokens: int, sampling: Sampling
+        self, prompt: list[int], expert: str | None, max_tokens: int, sampling: Sampling, stream: bool
     ) -> AsyncIterator[Any]:
-        """An answer as pieces of text; see `engine.text.Piece`."""
+        """An answer as pieces of text (see `engine.text.Piece`), in two of them where it is not streamed."""
         from see_ray.engine.interface import Draw
-        from see_ray.engine.text import pieces
+        from see_ray.engine.text import first_and_rest, pieces
 
         temperature = self._serve.temperature if sampling.temperature is None else sampling.temperature
-        draw = Draw(temperature, sampling.top_p, sampling.seed, sampling.logprobs)
+        draw = Draw(temperature, sampling.top_p, sampling.seed, sampling.logprobs, sampling.ignore_eos)
         tokens = self._engine.generate(prompt, expert, max_tokens, draw)
-        async for piece in pieces(tokens, self._tokenizer, max_tokens, sampling.stop):
+        answer = pieces(tokens, self._tokenizer, max_tokens, sampling.stop)
+        async for piece in answer if stream else first_and_rest(answer):
             yield piece
 
 
@@ -189,12 +190,12 @@ class Replica(Holder):
         return (await self._engine.decide(prompt, [name]))[0]
 
     async def generate(
-        self, prompt: list[int], max_tokens: int, sampling: Sampling, read: list[Any] | None = None
+        self, prompt: list[int], max_tokens: int, sampling: Sampling, stream: bool, read: list[Any] | None = None
     ) -> AsyncIterator[Any]:
         """The answer to a prompt (token ids) as pieces of text; see `engine.text.Piece`."""
         name = await self._name()
         self._adopt(prompt, read)
-        async for piece in self._pieces(prompt, name, max_tokens, sampling):
+        async for piece in self._pieces(prompt, name, max_tokens, sampling, stream):
             yield piece
 
 

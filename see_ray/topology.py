@@ -41,9 +41,10 @@ class Topology(Protocol):
         ...
 
     async def answer(
-        self, live: Live, prompt: list[int], who: str | None, max_tokens: int, sampling: Sampling
+        self, live: Live, prompt: list[int], who: str | None, max_tokens: int, sampling: Sampling, stream: bool = True
     ) -> tuple[Trace, AsyncIterator[Any]]:
-        """The same, and the answer as pieces of text; see `engine.text.Piece`."""
+        """The same, and the answer as pieces of text (see `engine.text.Piece`), as they come or, where it is not to
+        be streamed, in few."""
         ...
 
 
@@ -62,12 +63,12 @@ class PerExpert:
         return (await self._walk(live, prompt, who))[0]
 
     async def answer(
-        self, live: Live, prompt: list[int], who: str | None, max_tokens: int, sampling: Sampling
+        self, live: Live, prompt: list[int], who: str | None, max_tokens: int, sampling: Sampling, stream: bool = True
     ) -> tuple[Trace, AsyncIterator[Any]]:
         trace, read = await self._walk(live, prompt, who)
         apps = {GENERALIST: GENERALIST_APP, **{expert.name: expert.app for expert in live.experts}}
         handle = self._handle(apps[trace.answered_by]).options(stream=True)
-        response = handle.generate.remote(prompt, max_tokens, sampling, read)
+        response = handle.generate.remote(prompt, max_tokens, sampling, stream, read)
         return trace, _within(response, self._config.request_timeout_s)
 
     async def _walk(self, live: Live, prompt: list[int], who: str | None) -> tuple[Trace, Any]:
@@ -112,9 +113,9 @@ class Shared:
         return trace
 
     async def answer(
-        self, live: Live, prompt: list[int], who: str | None, max_tokens: int, sampling: Sampling
+        self, live: Live, prompt: list[int], who: str | None, max_tokens: int, sampling: Sampling, stream: bool = True
     ) -> tuple[Trace, AsyncIterator[Any]]:
-        response = self._handle.options(stream=True).answer.remote(prompt, who, max_tokens, sampling)
+        response = self._handle.options(stream=True).answer.remote(prompt, who, max_tokens, sampling, stream)
         items = _within(response, self._config.request_timeout_s)
         return await anext(items), items
 

@@ -190,6 +190,7 @@ def test_an_answer_can_be_sent_back_as_history():
 def test_sampling_fields_arrive():
     request = chat(max_tokens=7, temperature=0.5, top_p=0.9, stop=["a", "b"], seed=-3)
     assert request.sampling() == api.Sampling(7, 0.5, 0.9, ("a", "b"), -3)
+    assert chat(ignore_eos=True).sampling().ignore_eos
 
 
 @pytest.mark.parametrize("request_of", [chat, completion])

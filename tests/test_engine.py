@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,27 @@ def test_a_seed_repeats_a_sampled_answer(engine, tokenizer):
         asyncio.run(answer(engine, prompt, None, 10, Draw(temperature=1.0, seed=seed))) for seed in (3, 3, 4)
     )
     assert first == again != other
+
+
+def test_an_answer_goes_on_behind_its_end_where_that_is_asked_for(engine, tokenizer):
+    prompt = ids(tokenizer, "Answer with the single word yes.")
+    ended = asyncio.run(answer(engine, prompt, None, 200))
+    assert len(ended) < 200, "this answer was to end by itself"
+    longer = asyncio.run(answer(engine, prompt, None, len(ended) + 4, Draw(ignore_eos=True)))
+    assert longer[: len(ended)] == ended
+    assert len(longer) == len(ended) + 4
+    assert longer[len(ended)] in engine.eos
+
+
+def test_a_process_with_the_model_does_not_hold_scikit_learn(base):
+    """It would hold pandas and scipy, too: 80 MB for each replica."""
+    code = (
+        "import sys\nfrom see_ray.base_model import find, load_model, load_tokenizer\n"
+        "from see_ray.config import BaseModelConfig as C\nbase = find(C())\n"
+        "load_tokenizer(base)\nload_model(base, C())\nassert not {'sklearn', 'pandas'} & set(sys.modules)\n"
+        "import sklearn\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_requests_take_turns(engine, tokenizer):

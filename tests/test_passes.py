@@ -158,6 +158,22 @@ def test_many_rows_are_attended_in_parts(made, monkeypatch):
         assert close(read.branches[0].hidden[number], alone(peft, PROMPT[:7], [10], number + 1))
 
 
+def test_the_memory_of_a_slot_is_given_only_as_it_is_written_to():
+    def taken() -> int:
+        """Kilobytes that are this process's own."""
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+    like = [(torch.zeros(1, 4, 1, 64),) * 2] * 8
+    written = [(torch.ones(1, 4, 1000, 64),) * 2] * 8  # 16 MB of a shelf of 128
+    before = taken()
+    place = SlotPool(1 << 20).take(1024, like)
+    assert place is not None
+    assert taken() - before < 4_000
+    place.append(written)
+    assert 12_000 < taken() - before < 24_000
+
+
 def test_a_slot_that_is_taken_again_shows_nothing_of_its_former_answer(made):
     model, bank, peft = made
     pool = SlotPool(256)

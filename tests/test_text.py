@@ -8,7 +8,7 @@ import pytest
 from see_ray.base_model import find, load_tokenizer
 from see_ray.config import BaseModelConfig
 from see_ray.engine.interface import Token
-from see_ray.engine.text import Piece, pieces
+from see_ray.engine.text import Piece, first_and_rest, pieces
 
 MULTIBYTE = "Grüße 日本語のテスト 👩‍👩‍👧‍👦 🎉🏳️‍🌈 naïve Ελλάδα नमस्ते 𝔘𝔫𝔦"
 
@@ -268,3 +268,15 @@ async def test_an_engine_that_breaks_breaks_the_answer_behind_what_it_gave(token
 async def test_every_token_is_handed_on_once_with_the_pieces(tokenizer):
     ids = letters(tokenizer, MULTIBYTE)
     assert [token.id for piece in await collect(tokenizer, ids) for token in piece.chosen] == ids
+
+
+async def test_an_answer_in_two_pieces_is_the_whole_answer(tokenizer):
+    ids = letters(tokenizer, MULTIBYTE)
+    source = Ids(ids)
+    two = [piece async for piece in first_and_rest(pieces(source.stream(), tokenizer, 1000))]
+    every = await collect(tokenizer, ids)
+    assert len(two) == 2 < len(every)
+    assert two[0] == every[0]
+    assert two[1] == Piece("".join(piece.text for piece in every[1:]), len(ids), "stop")
+    assert [token.id for piece in two for token in piece.chosen] == ids
+    assert source.closed

@@ -75,7 +75,7 @@ class Answer:
         """
         if self._left > 0:
             self.token = best if self._draw.temperature == 0 else _drawn(logits, self._draw, self._generator)
-        if self._left <= 0 or self.token in eos:
+        if self._left <= 0 or (self.token in eos and not self._draw.ignore_eos):
             self._chosen.append(None)
             self.over = True
             return

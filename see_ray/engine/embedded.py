@@ -44,8 +44,9 @@ STEP_ROWS = 64
 """Answers that one pass goes on with at most; the others take the next turn."""
 
 FEED_AT_MOST = 16
-"""Experts that are asked at once up to which each also reads its accept indicator: the answer's first token is
-then known with the decision, for less than what a pass of its own would cost."""
+"""Experts that are asked at once up to which each also reads its accept indicator, if nothing else is going on: the
+answer's first token is then known with the decision, for less than what a pass of its own would cost. Beside other
+answers the winner alone reads it, with their next tokens."""
 
 SHORT = 32
 """Tokens of a prompt that are not worth a part in a pass, if the rest does not fit."""
@@ -314,6 +315,7 @@ class EmbeddedEngine:
         turn = Turn(self._begun, [answer for answer in self._answers if not answer.over][:STEP_ROWS])
         turn.gone = self._take_leave()
         room = self._pass_tokens - len(turn.answers)
+        busy = bool(turn.answers) or len(self._asks) > 1
         begun: set[int] = set()
         for ask in self._asks:
             if room <= 0:
@@ -330,7 +332,7 @@ class EmbeddedEngine:
             if len(ids) == left:
                 missing = ask.missing()
                 who = missing[: max(room, SHORT)]
-                fed = len(missing) <= FEED_AT_MOST
+                fed = len(missing) <= (1 if busy else FEED_AT_MOST)
                 for branch, members in self._branches(ask.prompt.ids, who, fed):
                     branches.append(branch)
                     turn.rows.append((ask.prompt, branch, members, fed))

@@ -28,12 +28,14 @@ class Draw:
         top_p: only the likeliest tokens that together have this probability.
         seed: repeats a draw.
         logprobs: how many of the likeliest tokens to name beside each chosen one; None: no log-probabilities.
+        ignore_eos: an end-of-turn token is a token like others, so that answers have the length that was asked for.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     logprobs: int | None = None
+    ignore_eos: bool = False
 
 
 class Token(NamedTuple):

@@ -7,6 +7,8 @@ anything. The memory is bounded: an answer for which there is no room waits unti
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -35,9 +37,8 @@ class Shelf:
 
     def __init__(self, like: Layers, rows: int, size: int):
         # Zeros, not whatever is there: a masked value that is not a number would still spoil the sum.
-        # The operating system gives the memory only when it is written to.
         self.layers = [
-            (k.new_zeros(rows, k.shape[1], size, k.shape[3]), v.new_zeros(rows, v.shape[1], size, v.shape[3]))
+            (_zeros(k, rows, k.shape[1], size, k.shape[3]), _zeros(v, rows, v.shape[1], size, v.shape[3]))
             for k, v in like
         ]
         self.size = size
@@ -107,6 +108,15 @@ class SlotPool:
         """The answer has ended."""
         slot.shelf.free.append(slot.row)
         slot.shelf.free.sort()  # low rows first, so that those in use stand together
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """A tensor of zeros. On a CPU its memory is mapped, so that the operating system gives it only as it is written
+    to; PyTorch's own zeros are all written."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def _size(length: int) -> int:

@@ -68,6 +68,19 @@ async def pieces(
     yield Piece(held, tokens, "length" if tokens >= max_tokens else "stop", tuple(chosen))
 
 
+async def first_and_rest(answer: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    """The first piece as it comes, and all others as one: for those who wait for the whole answer, who then cost
+    two messages between processes instead of one a token."""
+    try:
+        yield await anext(answer)
+        rest = [piece async for piece in answer]
+    finally:
+        await answer.aclose()  # type: ignore[attr-defined]
+    if rest:
+        chosen = tuple(token for piece in rest for token in piece.chosen)
+        yield Piece("".join(piece.text for piece in rest), rest[-1].tokens, rest[-1].finish_reason, chosen)
+
+
 def token_texts(tokens: Iterable[Token], tokenizer: Any) -> list[tuple[TokenText, list[TokenText]]]:
     """Tokens with their log-probabilities as text, each with the likeliest ones in its place."""
 

@@ -296,20 +296,22 @@ class VllmEngine:
     ) -> AsyncIterator[Token]:
         from vllm.sampling_params import RequestOutputKind
 
+        ends: frozenset[int] = frozenset() if draw.ignore_eos else self.eos
         params = self._params(
             max_tokens=max_tokens,
             temperature=draw.temperature,
             top_p=draw.top_p,
             seed=draw.seed,
             logprobs=draw.logprobs,
-            stop_token_ids=sorted(self.eos),
+            ignore_eos=draw.ignore_eos,
+            stop_token_ids=sorted(ends),
             output_kind=RequestOutputKind.DELTA,
         )
         forced = [] if loaded is None else [loaded.expert.activation.accept]
         async for output in self._outputs(prompt, loaded, params, forced):
             made = output.outputs[0]
             for number, token in enumerate(made.token_ids):
-                if token not in self.eos:
+                if token not in ends:
                     yield _token(token, made.logprobs[number] if made.logprobs else None, draw.logprobs)
 
     async def _result(self, prompt: Sequence[int], loaded: _Loaded | None, params: Any) -> Any:
