@@ -7,7 +7,9 @@ topology, in turns, medians of repeated runs:
     oracle    --at-once requests at the same time, each naming its expert
     routed    the same requests, routed
 
-Prompts are random words and nothing is kept between requests. Prints tables; --out writes JSON.
+Prompts are random words and nothing is kept between requests. In the per_expert topology, also the time of a whole
+walk, in which all experts are asked and none accepts: by length of the prompt, `lookahead`, and whether the generalist
+reads the prompt once for all (`shared`) or each expert reads it alone. Prints tables; --out writes JSON.
 
     python jobs/bench_endpoint.py --out bench_endpoint.json
 """
@@ -20,6 +22,7 @@ import random
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +47,13 @@ TEXT = "the a sea king ship letter parcel red old runs finds says over under hou
 @click.option("--prompt-words", default=60, show_default=True, help="Words of a prompt.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens of an answer.")
 @click.option("--repeats", default=3, show_default=True, help="Runs of each; the table has medians.")
+@click.option("--walks", default="60,300,1000", show_default=True, help="Prompts of whole walks, in words.")
+@click.option("--lookaheads", default="1,2,4,10", show_default=True, help="Experts that these ask at once.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="A setting.")
 def main(
     experts: int, topologies: str, requests: int, at_once: int, prompt_words: int, tokens: int, repeats: int,
-    out: Path | None, settings: list[str],
+    walks: str, lookaheads: str, out: Path | None, settings: list[str],
 ) -> None:  # fmt: skip
     draw = random.Random(0)
     prompts = [" ".join(draw.choices(TEXT.split(), k=prompt_words)) for _ in range(requests)]
@@ -69,6 +74,9 @@ def main(
             )
             report["memory"][topology] = memory()
             listener.note(json.dumps(report["throughput"][-1]))
+            if topology == "per_expert" and walks:
+                lengths, ahead = ([int(item) for item in text.split(",")] for text in (walks, lookaheads))
+                report["walks"] = asyncio.run(whole_walks(config, lengths, ahead, repeats, listener))
             serving.stop()
             if out:
                 out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -154,6 +162,39 @@ async def load(
         return time.perf_counter() - began, who
 
 
+async def whole_walks(
+    config: Config, lengths: list[int], lookaheads: list[int], repeats: int, listener: TerminalListener
+) -> list[dict[str, Any]]:
+    """Milliseconds until all experts have passed, medians, in turns."""
+    from ray import serve
+
+    from see_ray.topology import PerExpert
+
+    deployer, draw = serve.get_deployment_handle("Deployer", "see"), random.Random(1)
+    ways = {
+        (ahead, share): PerExpert(
+            config.serve.model_copy(update={"lookahead": ahead, "share_prefix": share == "shared"}), deployer
+        )
+        for ahead in lookaheads
+        for share in ("shared", "alone")
+    }
+    live = await next(iter(ways.values())).live()
+    nobody = live.with_(experts=tuple(replace(expert, threshold=2.0) for expert in live.experts))
+    tokenizer, rows = load_tokenizer(find(config.base_model)), []
+    for words in lengths:
+        times: dict[tuple[int, str], list[float]] = {way: [] for way in ways}
+        for repeat in range(repeats):
+            listener.progress(f"walks of {words} words", repeat, repeats)
+            for way, topology in ways.items():
+                text = " ".join(draw.choices(TEXT.split(), k=words))
+                prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+                times[way].append((await topology.route(nobody, prompt, None)).ms)
+        for (ahead, share), each in times.items():
+            row = {"prompt_tokens": len(prompt), "lookahead": ahead, "prefix": share}
+            rows.append({**row, "ms": round(statistics.median(each), 1)})
+    return rows
+
+
 def hops(url: str, count: int = 200) -> dict[str, float]:
     """Milliseconds of HTTP requests that no model answers, and of calls over a deployment handle."""
     from ray import serve
@@ -195,6 +236,14 @@ def as_tables(report: dict[str, Any]) -> str:
     keys = ["alone_per_s", "oracle_per_s", "routed_per_s", "routed_over_oracle", "routed_over_alone"]
     rates = [[row["topology"], *(f"{row[key]:.2f}" for key in keys)] for row in report["throughput"]]
     parts = [table(["topology", "alone/s", "oracle/s", "routed/s", "routed/oracle", "routed/alone"], rates)]
+    walks = report.get("walks", [])
+    if walks:
+        ways = [f"{ahead} {share}" for ahead in {row["lookahead"]: 0 for row in walks} for share in ("shared", "alone")]
+        times = {(row["prompt_tokens"], f"{row['lookahead']} {row['prefix']}"): row["ms"] for row in walks}
+        lines = [
+            [str(n), *(f"{times[n, way]:.0f}" for way in ways)] for n in {row["prompt_tokens"]: 0 for row in walks}
+        ]
+        parts += ["whole walks, ms, by lookahead and prefix:", table(["prompt", *ways], lines)]
     for name in ("memory", "hops"):
         for topology, row in report[name].items():
             parts.append(f"{name}, {topology}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
