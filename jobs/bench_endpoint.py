@@ -55,6 +55,8 @@ def main(
     experts: int, topologies: str, requests: int, at_once: int, prompt_words: int, tokens: int, repeats: int,
     walks: str, lookaheads: str, out: Path | None, settings: list[str],
 ) -> None:  # fmt: skip
+    if requests < 2 * experts:
+        raise click.UsageError(f"{requests} requests are too few for {experts} experts; ask for at least {2 * experts}")
     draw = random.Random(0)
     prompts = [" ".join(draw.choices(TEXT.split(), k=prompt_words)) for _ in range(requests)]
     with tempfile.TemporaryDirectory() as folder, TerminalListener() as listener:
@@ -104,7 +106,7 @@ def publish(config: Config, count: int, prompts: list[str]) -> None:
         for place, name in enumerate(reversed(folders)):  # in the order in which they are asked
             decisions = dict(zip(range(len(left)), engine.decide_batch(left, name), strict=True))
             ranked = sorted(decisions.values(), reverse=True)
-            share = round(len(left) / (count + 1 - place))  # one share is the generalist's
+            share = max(1, round(len(left) / (count + 1 - place)))  # one share is the generalist's
             thresholds[name] = (ranked[share - 1] + ranked[min(share, len(ranked) - 1)]) / 2
             left = [prompt for number, prompt in enumerate(left) if decisions[number] < thresholds[name]]
         for name, folder in folders.items():

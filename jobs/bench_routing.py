@@ -9,7 +9,8 @@ that nothing is found in a cache. Side by side, in turns, medians of repeated ru
     peft_loop   the same in plain transformers and PEFT: set_adapter and a forward pass for each expert
 
 Then the time between an answer's tokens, of one answer and of 16 together, beside plain `generate` of the same
-model and beside the time that reading the weights takes at this machine's copy bandwidth.
+model and beside the time that reading the weights takes at this machine's copy bandwidth; and, if there are that many
+answers together, all of them from prompt to end beside transformers' own continuous batching.
 
 Prints tables; --out writes JSON. A figure that would take too long (N x prompt over --most) is left out.
 
@@ -45,6 +46,9 @@ from see_ray.terminal import TerminalListener, table
 T = TypeVar("T")
 Timed = Callable[[list[int]], Awaitable[None]]
 
+WHOLE = Draw(ignore_eos=True)
+"""Random adapters end when they like."""
+
 
 @click.command()
 @click.option("--experts", default="1,5,10,20,50", show_default=True, help="Numbers of experts.")
@@ -75,6 +79,7 @@ def main(
         "threads": torch.get_num_threads(),
         "routing": [],
         "decode": [],
+        "batching": [],
     }
     routing = report["routing"]
     with tempfile.TemporaryDirectory() as temporary, TerminalListener() as listener:
@@ -90,9 +95,11 @@ def main(
         for rows in [int(item) for item in filter(None, decode.split(","))]:
             listener.step(f"{rows} answers together")
             report["decode"].append({"answers": rows, **decoding(bench, rows, repeats)})
+            if rows > 1:
+                report["batching"].append({"answers": rows, **batching(bench, rows, repeats)})
             save(report, out)
     print(as_table(routing))
-    for row in report["decode"]:
+    for row in [*report["decode"], *report["batching"]]:
         print(", ".join(f"{key} {value}" for key, value in row.items()))
 
 
@@ -156,16 +163,16 @@ class Bench:
                     self.engine.load(Expert(f"full{number}", self._folder / str(number), full))
 
         async def oracle(prompt: list[int]) -> None:
-            await anext(self.engine.generate(prompt, names[count // 2], 1))
+            await anext(self.engine.generate(prompt, names[count // 2], 1, WHOLE))
 
         async def activated(prompt: list[int]) -> None:
             decisions = await self.engine.decide(prompt, names, fallback=True)
-            await anext(self.engine.generate(prompt, names[decisions.index(max(decisions))], 1))
+            await anext(self.engine.generate(prompt, names[decisions.index(max(decisions))], 1, WHOLE))
 
         async def full_form(prompt: list[int]) -> None:
             for number in range(count):
                 await self.engine.decide(prompt, [f"full{number}"])
-            await anext(self.engine.generate(prompt, f"full{count - 1}", 1))
+            await anext(self.engine.generate(prompt, f"full{count - 1}", 1, WHOLE))
 
         async def peft_loop(prompt: list[int]) -> None:
             self.engine_thread(lambda: self._with_peft(count)(prompt))
@@ -204,7 +211,6 @@ def decoding(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: i
     generalist), plain generate's, and what reading the weights once would take."""
     import torch
 
-    whole = Draw(ignore_eos=True)  # random adapters end when they like
     model = bench.engine_thread(lambda: load_model(bench.base, bench.config.base_model))
     weights = bench.engine_thread(lambda: torch.cat([value.flatten() for value in model.parameters()]))
     target = torch.empty_like(weights)
@@ -215,7 +221,7 @@ def decoding(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: i
 
         async def one(number: int) -> list[float]:
             writer = who[number % len(who)]
-            return [time.perf_counter() async for _ in bench.engine.generate(prompts[number], writer, tokens, whole)]
+            return [time.perf_counter() async for _ in bench.engine.generate(prompts[number], writer, tokens, WHOLE)]
 
         stamps = await asyncio.gather(*(one(number) for number in range(rows)))
         began, ended = max(each[0] for each in stamps), min(each[-1] for each in stamps)
@@ -247,6 +253,41 @@ def decoding(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: i
         times["generate"].append(bench.engine_thread(partial(plain, prompts)))
         times["bandwidth_limit"].append(bench.engine_thread(copy))
     return {f"{kind}_ms": round(statistics.median(each) * 1000, 1) for kind, each in times.items()}
+
+
+def batching(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: int = 64) -> dict[str, float]:
+    """Seconds for answers by the generalist, prompts read and all: ours, and transformers' continuous batching."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    model = bench.engine_thread(lambda: load_model(bench.base, bench.config.base_model))
+    greedy = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # The same bound of a pass as the engine's; room for all answers.
+    room = ContinuousBatchingConfig(max_batch_tokens=512, page_size=32, num_blocks=rows * (prompt + tokens) // 16)
+
+    async def ours(prompts: list[list[int]]) -> None:
+        async def one(ids: list[int]) -> None:
+            async for _ in bench.engine.generate(ids, None, tokens, WHOLE):
+                pass
+
+        await asyncio.gather(*map(one, prompts))
+
+    def theirs(prompts: list[list[int]]) -> None:
+        made = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=room)
+        assert all(len(answer.generated_tokens) == tokens for answer in made.values())
+
+    ways: dict[str, Callable[[list[list[int]]], Any]] = {
+        "engine": lambda prompts: asyncio.run(ours(prompts)),
+        "transformers": lambda prompts: bench.engine_thread(partial(theirs, prompts)),
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in ways}
+    for repeat in range(repeats + 1):
+        for kind, run in ways.items():
+            prompts = [bench.prompt(prompt) for _ in range(rows)]
+            began = time.perf_counter()
+            run(prompts)
+            if repeat:  # the first one warms up
+                times[kind].append(time.perf_counter() - began)
+    return {f"{kind}_s": round(statistics.median(each), 2) for kind, each in times.items()}
 
 
 def write_adapter(model: Any, folder: Path, rank: int, seed: int, targets: list[str] | None = None) -> None:

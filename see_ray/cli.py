@@ -189,7 +189,7 @@ def evaluate(config: Config, out: str, metrics: tuple[str, ...], **wish: Any) ->
 @see.command()
 @click.option("--host", help="Address to bind; anything but loopback needs an API key. [serve.host: 127.0.0.1]")
 @click.option("--port", type=int, help="TCP port. [serve.port: 8000]")
-@click.option("--lookahead", type=int, metavar="N", help="Experts asked at once; same answer. [serve.lookahead: 1]")
+@click.option("--lookahead", type=int, metavar="N", help="Experts asked at once; same answer. [serve.lookahead: 2]")
 @click.option("--no-auth", is_flag=True, default=None, help="Serve a public address without an API key, on purpose.")
 @configured
 @base_model_option

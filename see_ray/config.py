@@ -259,8 +259,9 @@ class ServeConfig(Section):
     """Arguments of `VllmEngine` (`experts`, `max_rank`, `threads`) and of vLLM's own engine, such as
     `tensor_parallel_size`, `gpu_memory_utilization` or `quantization`."""
 
-    lookahead: int = Field(default=1, ge=1)
-    """How many experts are asked at once in the `per_expert` topology. The answer is the same for every value."""
+    lookahead: int = Field(default=2, ge=1)
+    """How many experts are asked at once in the `per_expert` topology; 1 is strictly one after another. The answer is
+    the same for every value. More shorten the walk and cost decisions that nobody needed."""
 
     share_prefix: bool = True
     """In the `per_expert` topology with the embedded engine: the generalist reads a routed prompt once and hands its
