@@ -226,7 +226,24 @@ def test_prompts_that_begin_alike_are_read_once(engine, tokenizer):
     after = engine.figures()
     found = after["prefix_tokens_found"] - before["prefix_tokens_found"]
     assert found >= len(ids(tokenizer, story)) - 8
-    assert after["tokens"] - before["tokens"] == len(second) - 1 - found + 2  # and a row: last token, indicator
+    assert after["tokens"] - before["tokens"] == len(second) - 1 - found + 1  # and a row: the last token
+
+
+def test_a_decision_after_which_an_answer_follows_here_saves_its_first_pass(engine, tokenizer):
+    """All who are asked also read their indicators then, which takes tokens but no pass."""
+    counts = {}
+    for follows in (False, True):
+        prompt = ids(tokenizer, f"Who was the king of spades, {follows}?")
+        before = engine.figures()
+
+        async def decide_and_answer(prompt=prompt, follows=follows) -> list[int]:
+            await engine.decide(prompt, ["dates", "tickets"], fallback=follows)
+            return await answer(engine, prompt, "dates", 1, Draw(ignore_eos=True))
+
+        asyncio.run(decide_and_answer())
+        after = engine.figures()
+        counts[follows] = after["passes"] - before["passes"]
+    assert counts[False] == counts[True] + 1
 
 
 def test_an_answer_for_which_there_is_no_room_waits(engine, tokenizer, monkeypatch):
@@ -303,7 +320,7 @@ def test_what_another_engine_has_read_is_gone_on_from(engine, tokenizer, monkeyp
     engine.adopt(prompt, arrays)
     before = engine.figures()["tokens"]
     assert decide(engine, prompt, ["tickets"]) == pytest.approx(alone, abs=1e-5)
-    assert engine.figures()["tokens"] - before == 2  # last token and indicator
+    assert engine.figures()["tokens"] - before == 1  # the last token
 
 
 def test_an_answer_that_is_given_up_leaves(engine, tokenizer):

@@ -44,9 +44,9 @@ STEP_ROWS = 64
 """Answers that one pass goes on with at most; the others take the next turn."""
 
 FEED_AT_MOST = 16
-"""Experts that are asked at once up to which each also reads its accept indicator, if nothing else is going on: the
-answer's first token is then known with the decision, for less than what a pass of its own would cost. Beside other
-answers the winner alone reads it, with their next tokens."""
+"""Experts that are asked at once up to which each also reads its accept indicator, if an answer is to follow and
+nothing else is going on: the answer's first token is then known with the decision, for less than what a pass of its
+own would cost. Beside other answers the winner alone reads it, with their next tokens."""
 
 SHORT = 32
 """Tokens of a prompt that are not worth a part in a pass, if the rest does not fit."""
@@ -185,13 +185,14 @@ class EmbeddedEngine:
         Args:
             prompt: token ids up to and including the generation prompt.
             experts: who is asked.
-            fallback: make the generalist ready to answer, too.
+            fallback: an answer is to follow here, and be it the generalist's, who is made ready, too.
         """
         loaded = [self._expert(name) for name in experts]
-        own = [self._ask(prompt, [one]) for one in loaded if one.full]
+        feed = FEED_AT_MOST if fallback else 0
+        own = [self._ask(prompt, [one], feed) for one in loaded if one.full]
         shared: list[Loaded | None] = [one for one in loaded if not one.full]
         if shared or fallback:
-            own.append(self._ask(prompt, [*shared, None] if fallback else shared))
+            own.append(self._ask(prompt, [*shared, None] if fallback else shared, feed))
         rows: dict[str | None, Row] = {}
         for found in await asyncio.gather(*own):
             rows |= found
@@ -240,7 +241,7 @@ class EmbeddedEngine:
         kept = self._prompts.get(tuple(prompt), loaded.name if loaded and loaded.full else None)
         kept.users += 1
         try:
-            answer.row = (await self._ask(prompt, [loaded]))[expert]
+            answer.row = (await self._ask(prompt, [loaded], feed=1))[expert]
             answer.prompt = kept
             with self._lock:
                 if loaded and loaded.gone:
@@ -257,7 +258,7 @@ class EmbeddedEngine:
 
     async def read(self, prompt: Sequence[int]) -> list[Any]:
         """Keys and values of a prompt as the base model reads it, as arrays for :meth:`adopt`."""
-        await self._ask(prompt, [None])
+        await self._ask(prompt, [None], feed=0)
         prefix = self._prompts.get(tuple(prompt), None).prefix
         return await asyncio.get_running_loop().run_in_executor(self._thread, prefix.arrays)
 
@@ -266,14 +267,14 @@ class EmbeddedEngine:
         if arrays:
             self._prompts.put(tuple(prompt), None, Prefix.of_arrays(arrays, self._like[0][0]))
 
-    async def _ask(self, prompt: Sequence[int], who: Sequence[Loaded | None]) -> dict[str | None, Row]:
-        """Have somebody go on from a prompt; None is the generalist."""
+    async def _ask(self, prompt: Sequence[int], who: Sequence[Loaded | None], feed: int) -> dict[str | None, Row]:
+        """Have somebody go on from a prompt (None is the generalist); see :class:`Ask` for `feed`."""
         owner = who[0].name if who and who[0] is not None and who[0].full else None
         kept = self._prompts.get(tuple(prompt), owner)
         self._told("hit", kept.prefix.lengths[0])
         self._told("miss", kept.left)
         kept.users += 1
-        ask = Ask(kept, list(who), asyncio.get_running_loop().create_future())
+        ask = Ask(kept, list(who), feed, asyncio.get_running_loop().create_future())
         try:
             if ask.missing():
                 self._asks.append(ask)
@@ -332,7 +333,7 @@ class EmbeddedEngine:
             if len(ids) == left:
                 missing = ask.missing()
                 who = missing[: max(room, SHORT)]
-                fed = len(missing) <= (1 if busy else FEED_AT_MOST)
+                fed = len(missing) <= (min(ask.feed, 1) if busy else ask.feed)
                 for branch, members in self._branches(ask.prompt.ids, who, fed):
                     branches.append(branch)
                     turn.rows.append((ask.prompt, branch, members, fed))

@@ -62,7 +62,8 @@ class Engine(Protocol):
         """Forget an expert; answers that it has begun are finished."""
 
     async def decide(self, prompt: Sequence[int], experts: Sequence[str], *, fallback: bool = False) -> list[float]:
-        """P(accept) of each named expert; with `fallback` the generalist is made ready to answer, too."""
+        """P(accept) of each named expert; with `fallback` an answer is to follow here, by one of them or by the
+        generalist, who is made ready, too."""
         ...
 
     def generate(

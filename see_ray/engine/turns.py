@@ -21,10 +21,17 @@ def left_error(one: Loaded | None) -> ServingError:
 
 @dataclass(eq=False)
 class Ask:
-    """Somebody is to go on from a prompt."""
+    """Somebody is to go on from a prompt.
+
+    Attributes:
+        prompt: which; `who`: names None for the generalist.
+        feed: up to so many of them also read their accept indicators.
+        done: when all have.
+    """
 
     prompt: Prompt
     who: list[Loaded | None]
+    feed: int
     done: asyncio.Future[None]
 
     def missing(self) -> list[Loaded | None]:
