@@ -3,13 +3,13 @@
 The real Ray autoscaler with processes as nodes, on an address of its own; the experts of a store that exists.
 Leaves CSV, pictures and summary.json in --out, and prints a table. What came of it: docs/autoscaling.md.
 
-    python jobs/autoscale.py --store EXPERTS --profiles step,spike,idle --policies fixed,quick --out autoscale
+    python jobs/autoscale.py --store EXPERTS --profiles step,spike:20,step@skewed,steady+learn --out autoscale
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,27 +18,31 @@ from see_ray.cli import configured, run
 if TYPE_CHECKING:
     from see_ray.config import Config
 
+DEFAULT = "step,ramp,spike:20,diurnal,idle,step@skewed,steady+learn"
+
 
 @click.command()
-@click.option("--profiles", default="step,ramp,spike:40,diurnal,idle", show_default=True, help="NAME[:PEAK].")
-@click.option("--policies", default="fixed,quick,steady,zero", show_default=True, help="How it may scale.")
+@click.option("--profiles", default=DEFAULT, show_default=True, help="NAME[:PEAK][@skewed or @EXPERT][+learn].")
+@click.option("--topologies", default="per_expert,shared", show_default=True, help="What is served.")
+@click.option("--policies", default="fixed,quick", show_default=True, help="How it may scale; also steady, zero.")
 @click.option("--base", default=0.5, show_default=True, help="Lowest load, requests a second.")
 @click.option("--peak", default=4.0, show_default=True, help="Highest load, requests a second.")
 @click.option("--seconds", default=60.0, show_default=True, help="Length of each profile.")
-@click.option("--hot", metavar="EXPERT", help="Nine of ten queries are this expert's.")
 @click.option("--node-cpus", default=1.0, show_default=True, help="CPUs of a worker node, as Ray counts them.")
 @click.option("--max-nodes", default=8, show_default=True, help="Most worker nodes.")
 @click.option("--out", type=click.Path(path_type=Path), default="autoscale", show_default=True, help="Folder.")
 @configured
-def main(config: Config, profiles: str, policies: str, **size: object) -> None:
-    """Run every profile at every policy."""
-    from see_ray.autoscale import POLICIES, experiment
-    from see_ray.terminal import TerminalListener, table
+def main(config: Config, profiles: str, topologies: str, policies: str, **size: Any) -> None:
+    """Run every profile at every topology and policy."""
+    from see_ray.autoscale import POLICIES, Scene, experiment
+    from see_ray.load_report import as_table
+    from see_ray.terminal import TerminalListener
 
     chosen = [POLICIES[name] for name in policies.split(",")]
+    scenes = [Scene.of(text) for text in profiles.split(",")]
     with TerminalListener() as listener:
-        done = experiment(config, chosen, profiles.split(","), listener=listener, **size)  # type: ignore[arg-type]
-    print(table(list(done[0]), [["" if value is None else str(value) for value in row.values()] for row in done]))
+        done = experiment(config, topologies.split(","), chosen, scenes, listener=listener, **size)
+    print(as_table(done))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ RATES = (1, 10, 100, 1000, 10000, 100000)
 CELL_RATE = 20.0
 """Requests a second of one simulated cell: more load is more cells alike, since replicas do not wait for each other."""
 
+LOOKAHEAD = ServeConfig().lookahead
+
 BUSY = 0.6
 """Share of the time for which a replica beyond this machine is planned to work."""
 
@@ -41,9 +43,10 @@ def main(measured: Path, cores: int, beyond: bool, out: Path | None) -> None:
     times = Times(**json.loads((measured / "times.json").read_text()))
     report: dict[str, Any] = {"compared": compared(measured, times, cores)}
     rows = [
-        [row["policy"], row["profile"], *(f"{row[k][0]} / {row[k][1]}" for k in COMPARED)] for row in report["compared"]
+        [row["topology"], row["policy"], row["profile"], *(f"{row[key][0]} / {row[key][1]}" for key in COMPARED)]
+        for row in report["compared"]
     ]
-    print(table(["policy", "profile", *(f"{name} measured / predicted" for name in COMPARED)], rows))
+    print(table(["topology", "policy", "profile", *(f"{name} measured / predicted" for name in COMPARED)], rows))
     if beyond:
         grid = [(topology, n, rate) for topology in ("per_expert", "shared") for n in EXPERTS for rate in RATES]
         report["beyond"] = [planned(times, *place) for place in grid]
@@ -57,12 +60,12 @@ def compared(measured: Path, times: Times, cores: int) -> list[dict[str, Any]]:
     """Each measured run, and the model's figures for the same arrivals."""
     made = []
     for summary in json.loads((measured / "summary.json").read_text()):
-        with (measured / f"{summary['policy']}-{summary['profile']}.outcomes.csv").open() as file:
+        with (measured / f"{summary['file']}.outcomes.csv").open() as file:
             outcomes = list(csv.DictReader(file))
         names = summary["experts"]
         # Who answered is known where somebody did; a refused query would have gone to its own expert.
         coming = [Arrival(float(o["at"]), o["answered_by"] or o["kind"], "") for o in outcomes]
-        serve = load_config(measured / f"{summary['policy']}.yaml").serve
+        serve = load_config(measured / f"{summary['topology']}-{summary['policy']}.yaml").serve
         design = designed(serve, summary["topology"], tuple(names), cores)
         predicted = simulate(coming, times, design, summary["seconds"]).summary()
         made.append({"policy": summary["policy"], "profile": summary["profile"], "topology": summary["topology"],
@@ -85,21 +88,22 @@ def planned(times: Times, topology: Any, experts: int, rate: float) -> dict[str,
         work = {"shared": times.read + times.decide + times.decide_more * (experts - 1) + answer}
         met = rate * work["shared"]
         replicas = max(1, math.ceil(met / BUSY))
-    else:  # the expert at place k is asked by all that no earlier one took
+    else:  # the generalist reads for all; the expert at place k is asked by all that no earlier one took
         asked = [rate * (1 - place / experts) for place in range(experts)]
-        load = [share * (times.read + times.decide) + rate / experts * answer for share in asked]
-        replicas = sum(max(1, math.ceil(seconds / BUSY)) for seconds in load) + 1
+        load = [rate * times.read, *(share * (times.hand + times.decide) + rate / experts * answer for share in asked)]
+        replicas = sum(max(1, math.ceil(seconds / BUSY)) for seconds in load)
     cell = min(rate, CELL_RATE)
     seconds = max(20.0, min(600.0, 400 / cell))
     coming = arrivals(lambda t: cell, seconds, lambda t, chance: (chance.choice(names), ""))
     if topology == "per_expert" and experts > 100:
         # A walk over so many deployments is a sum of hops, reads and decisions; queues hardly matter beside it.
-        mean = experts / 2 * (times.hop + times.read + times.decide) + times.hop + answer
-        latency, p95 = mean, 0.95 * experts * (times.hop + times.read + times.decide) + times.hop + answer
+        each, rest = (times.hop + times.hand + times.decide) / LOOKAHEAD, times.hop + times.read + answer
+        latency, p95 = experts / 2 * each + rest, 0.95 * experts * each + rest
     else:
         per = max(1, math.ceil(replicas * cell / rate)) if topology == "shared" else max(
             1, math.ceil(max(cell / rate * seconds_ for seconds_ in load) / BUSY))  # fmt: skip
-        design = Design(topology, names, min_replicas=per, max_replicas=per, max_wait_s=1e9, tokens=TOKENS)
+        design = Design(topology, names, min_replicas=per, max_replicas=per, max_wait_s=1e9, tokens=TOKENS,
+                        lookahead=LOOKAHEAD, share_prefix=True)  # fmt: skip
         summary = simulate(coming, times, design, seconds).summary()
         latency, p95 = summary["p50_s"], summary["p95_s"]
     return {"topology": topology, "experts": experts, "requests_per_s": rate, "replicas": replicas,

@@ -12,6 +12,9 @@ from typing import Any
 
 from see_ray.load import Outcome
 
+FAST_S = 0.1
+"""Seconds within which a refusal is a quick one."""
+
 
 @dataclass(frozen=True)
 class Second:
@@ -47,6 +50,7 @@ class Run:
             "failed": len(self.outcomes) - len(served) - len(refused),
             "served_per_s": round(len(served) / self.seconds, 2),
             **{f"p{share}_s": quantile([o.seconds for o in served], share / 100) for share in (50, 95, 99)},
+            "refused_fast": round(sum(o.seconds <= FAST_S for o in refused) / len(refused), 3) if refused else None,
             "refusal_p95_s": quantile([o.seconds for o in refused], 0.95),
             "first_answer_s": round(served[0].seconds, 2) if served else None,
             "sent_late_p95_s": quantile([o.late for o in self.outcomes], 0.95),
@@ -57,6 +61,19 @@ class Run:
             "most_replicas": max((sum(s.replicas.values()) for s in self.looks), default=0),
             "most_nodes": max((s.nodes for s in self.looks), default=0),
         }
+
+
+COLUMNS = (
+    "topology", "policy", "profile", "offered", "served", "refused", "failed", "p50_s", "p95_s", "refusal_p95_s",
+    "refused_fast", "first_answer_s", "most_replicas", "most_nodes", "replica_seconds", "node_seconds", "learned_s",
+)  # fmt: skip
+
+
+def as_table(summaries: Sequence[dict[str, Any]]) -> str:
+    """What runs came to, a line each, as a table in Markdown."""
+    names = [name for name in COLUMNS if any(name in summary for summary in summaries)]
+    lines = [["" if summary.get(name) is None else str(summary[name]) for name in names] for summary in summaries]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (names, ["---"] * len(names), *lines))
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:

@@ -6,6 +6,7 @@ With an engine in this process, on as many threads as a replica has, and nothing
 from __future__ import annotations
 
 import asyncio
+import pickle
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -75,6 +76,8 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, hop: float, st
     new = statistics.median(_seconds(decided(prompt, names[:1])) for prompt in prompts[1:half])
     decide = statistics.median(_seconds(decided(prompts[1], [name])) for name in names[1:])
     together = statistics.median(_seconds(decided(prompt, names)) for prompt in prompts[half:])
+    arrays = asyncio.run(engine.read(prompts[1]))
+    hand = _median(lambda: engine.adopt(prompts[1], pickle.loads(pickle.dumps(arrays, protocol=5))), 20)
     token = (_median(answered(1, 1 + tokens)) - _median(answered(1, 1))) / tokens
     many = (_median(answered(MANY, 1 + tokens)) - _median(answered(MANY, 1))) / tokens
     return Times(
@@ -84,6 +87,7 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, hop: float, st
         token=max(0.0, token),
         token_more=max(0.0, many - token) / (MANY - 1),
         hop=hop,
+        hand=hand,
         start=start,
         node=node,
     )

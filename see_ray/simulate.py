@@ -5,7 +5,8 @@
 
 A discrete-event simulation (simpy) with service times that were measured. A replica is what the engine is: one
 thread that takes its work in order, answers written together a token a step. `per_expert` asks one deployment
-after another, each of which reads the prompt itself; `shared` reads once and decides for all in one pass.
+after another, over a prompt that the generalist has read, or each reads itself; `shared` reads once and decides for
+all in one pass.
 What comes out has the form of a measured run, so that the two can be compared (`jobs/simulate.py`).
 """
 
@@ -40,6 +41,7 @@ class Times:
         decide_more: each further expert's in the same pass.
         token: a step of one answer; `token_more`: each further answer in the step.
         hop: through a deployment handle, without work for a replica.
+        hand: taking over what another replica has read.
         start: of a processor, until a replica that is asked for answers; `node`: until a node is there.
     """
 
@@ -51,6 +53,7 @@ class Times:
     hop: float
     start: float
     node: float
+    hand: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Design:
     upscale_delay_s: float = 30
     downscale_delay_s: float = 600
     lookahead: int = 1
+    share_prefix: bool = False
     max_wait_s: float = 20
     replicas_per_node: int = 1
     max_nodes: int = 1 << 30
@@ -141,18 +145,22 @@ class _World:
             replica = yield from self.deployments["shared"].ask(times.read + (decide if design.experts else 0))
             return (yield from self.deployments["shared"].answer(replica, 0.0))
         asked = design.experts if who == GENERALIST else design.experts[: design.experts.index(who) + 1]
+        reader = self.env.process(self.deployments[GENERALIST].ask(times.read)) if design.share_prefix else None
+        own = times.hand if reader else times.read
         replica = None
         for start in range(0, len(asked), design.lookahead):
             group = [
-                self.env.process(self.deployments[name].ask(times.read + times.decide))
+                self.env.process(self.deployments[name].ask(own + times.decide, reader))
                 for name in asked[start : start + design.lookahead]
             ]
             yield self.env.all_of(group)
             replica = group[-1].value
-        # The winner has read the prompt already, if the answer goes to the replica that decided.
-        deployment = self.deployments[who]
-        return (yield from deployment.answer(replica, times.read) if replica is None or who == GENERALIST
-                else deployment.answer(replica, 0.0))  # fmt: skip
+        # Who answers has read the prompt already, if the answer goes to the replica that decided, or read for all.
+        if who == GENERALIST:
+            if reader:
+                yield reader
+            replica = reader.value if reader else None
+        return (yield from self.deployments[who].answer(replica, times.read if replica is None else 0.0))
 
     def busy(self, seconds: float) -> Steps:
         """Work on a processor: on one of the machine's where replicas share it, else on one of its own."""
@@ -189,11 +197,13 @@ class _Deployment:
         if world.design.max_replicas > world.design.min_replicas:
             world.env.process(self._autoscale())
 
-    def ask(self, seconds: float) -> Steps:
-        """Work of so many seconds at the replica that has least to do; gives the replica."""
+    def ask(self, seconds: float, after: simpy.Event | None = None) -> Steps:
+        """Work of so many seconds at the replica that has least to do, once `after` has happened; gives the replica."""
         self.ongoing += 1
         try:
             yield self.world.env.timeout(self.world.times.hop)
+            if after:
+                yield after
             replica = yield from self._chosen()
             yield replica.work(seconds)
             return replica

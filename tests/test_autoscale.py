@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from see_ray.autoscale import POLICIES, draws
+from see_ray.autoscale import POLICIES, Scene, draws
 from see_ray.config import load_config
-from see_ray.errors import ServingError
+from see_ray.errors import ConfigError, ServingError
 from see_ray.service_times import measure
 from see_ray.store import ExpertStore
 
@@ -28,9 +28,33 @@ def test_queries_are_of_every_live_expert_and_of_nobody(config, experts):
 
 
 def test_a_hot_expert_gets_nine_of_ten(config, experts):
-    draw = draws(ExpertStore.open(config.store.url), hot="dates")
+    draw = draws(ExpertStore.open(config.store.url), "dates")
     kinds = Counter(draw(0, random.Random(seed))[0] for seed in range(300))
     assert kinds["dates"] > 3 * (kinds["tickets"] + kinds["general"])
+
+
+def test_skewed_load_asks_most_for_the_newest(config, experts):
+    draw = draws(ExpertStore.open(config.store.url), "skewed")
+    kinds = Counter(draw(0, random.Random(seed))[0] for seed in range(600))
+    newest, older = (ref.name for ref in ExpertStore.open(config.store.url).head().newest_first())
+    assert kinds[newest] / kinds[older] == pytest.approx(2, rel=0.35)
+
+
+def test_who_is_not_live_cannot_be_hot(config, experts):
+    with pytest.raises(ConfigError, match="no expert nobody"):
+        draws(ExpertStore.open(config.store.url), "nobody")
+
+
+def test_a_scene_is_read_from_a_line():
+    assert Scene.of("spike:20@dates+learn") == Scene("spike:20@dates+learn", "spike", 20.0, "dates", True)
+    assert Scene.of("step") == Scene("step", "step", None, None, False)
+    assert Scene.of("spike:20@dates+learn").file == "spike-20-dates-learn"
+
+
+@pytest.mark.parametrize("text", ["spike:", "spike:x", "nothing", "step+fit", ""])
+def test_what_is_no_scene_is_refused(text):
+    with pytest.raises(ConfigError, match=r"profile"):
+        Scene.of(text)
 
 
 def test_no_query_comes_twice(config, experts):
@@ -44,6 +68,7 @@ def test_service_times_are_those_of_real_work(config, experts):
     texts = [draw(0, random.Random(seed))[1] for seed in range(4)]
     times = measure(config, texts, tokens=4, hop=0.01, start=10, node=3)
     assert min(times.read, times.decide, times.token) > 0.001
+    assert 0 < times.hand < times.read
     assert times.decide_more < times.decide  # together they share the pass over the base model
     assert times.token_more < times.token
     assert (times.hop, times.start, times.node) == (0.01, 10, 3)

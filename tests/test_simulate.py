@@ -52,6 +52,16 @@ def test_per_expert_asks_one_after_another_and_each_reads_the_prompt():
     assert last.seconds - first.seconds == pytest.approx(2 * (0.005 + 0.3))
 
 
+def test_a_prompt_that_is_read_once_is_handed_on():
+    design = Design("per_expert", ("a", "b", "c"), tokens=1, share_prefix=True)
+    times = replace(QUICK, hand=0.003)
+    (last,) = simulate(steady(1, 5, "c")[:1], times, design, 5).outcomes
+    # A hop and reading; three hops (the first meanwhile), taking over and deciding; a hop, the first token.
+    assert last.seconds == pytest.approx(0.005 + 0.2 + 2 * 0.005 + 3 * 0.103 + 0.005 + 0.1)
+    (nobodys,) = simulate(steady(1, 5, "nobody")[:1], times, design, 5).outcomes
+    assert nobodys.seconds == pytest.approx(last.seconds)  # the generalist has read it
+
+
 def test_lookahead_asks_several_at_once():
     design = Design("per_expert", tuple("abcd"), tokens=1)
     (one,) = simulate(steady(1, 5, "d")[:1], QUICK, design, 5).outcomes
