@@ -320,6 +320,10 @@ class ServeConfig(Section):
     log_encoding: Literal["TEXT", "JSON"] = "TEXT"
     """Form of the log lines of ingress and replicas; each has the request's id in both forms."""
 
+    traced_share: float = Field(default=0, ge=0, le=1)
+    """Share of the requests of which OpenTelemetry spans are exported, at every hop: to
+    `$OTEL_EXPORTER_OTLP_ENDPOINT`, or into files beside Serve's logs."""
+
     replica_cpus: float = Field(default=0.1, ge=0)
     """CPUs that Ray reserves for a replica. Small, so that a laptop holds several experts."""
 

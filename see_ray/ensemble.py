@@ -21,6 +21,7 @@ from see_ray.deployer import LINGER_S, Live, LiveExpert
 from see_ray.errors import SeeError
 from see_ray.replica import Holder, replica_options
 from see_ray.store import ExpertRef, ExpertStore, Sequence
+from see_ray.tracing import walk_span
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,8 +64,11 @@ class Ensemble(Holder):
 
         links = [Link(one.name, one.threshold) for one in live.experts]
         try:
-            # All are asked at once; the walk reads their decisions in order.
-            return await walk(links, decide, sequence_version=live.version)
+            with walk_span() as span:
+                # All are asked at once; the walk reads their decisions in order.
+                trace = await walk(links, decide, sequence_version=live.version)
+                span.ended(trace)
+            return trace
         finally:
             together.cancel()
 

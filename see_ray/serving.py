@@ -15,6 +15,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import TracingConfig
 
 from see_ray import api
 from see_ray.base_model import find
@@ -24,6 +25,7 @@ from see_ray.ensemble import ENSEMBLE_APP, ensemble_app
 from see_ray.errors import ServingError
 from see_ray.ingress import Ingress, web
 from see_ray.replica import GENERALIST_APP, INGRESS_APP, replica_app
+from see_ray.tracing import EXPORTER
 
 
 def ingress_app(config: Config, keys: api.ApiKeys) -> serve.Application:
@@ -94,7 +96,12 @@ def start(config: Config) -> str:
     host, port = config.serve.host, config.serve.port
     _check_port(host, port)
     find(config.base_model)  # convert or fetch it once, before replicas ask for it all at once
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": config.serve.request_timeout_s})
+    share = config.serve.traced_share
+    traced = TracingConfig(enabled=share > 0, exporter_import_path=EXPORTER, sampling_ratio=share)
+    serve.start(
+        http_options={"host": host, "port": port, "request_timeout_s": config.serve.request_timeout_s},
+        tracing_config=traced,
+    )
     try:
         serve.run_many(
             [

@@ -21,6 +21,7 @@ from see_ray.chain import GENERALIST, ExpertUnavailable, Link, Trace, named, wal
 from see_ray.config import ServeConfig
 from see_ray.deployer import Live
 from see_ray.replica import GENERALIST_APP
+from see_ray.tracing import walk_span
 
 GONE = (DeploymentUnavailableError, ray.exceptions.ActorDiedError, ray.exceptions.NodeDiedError)
 
@@ -88,7 +89,9 @@ class PerExpert:
                 raise ExpertUnavailable(f"{name} cannot be asked: {error}") from error
 
         links = [Link(expert.name, expert.threshold) for expert in live.experts]
-        trace = await walk(links, decide, lookahead=self._config.lookahead, sequence_version=live.version)
+        with walk_span() as span:
+            trace = await walk(links, decide, lookahead=self._config.lookahead, sequence_version=live.version)
+            span.ended(trace)
         return trace, read
 
     def _handle(self, app: str) -> DeploymentHandle:

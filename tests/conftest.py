@@ -31,6 +31,7 @@ SETTINGS = [
     "fit.num_train_epochs=2",
     "fit.train_batch_size=4",
     "serve.max_wait_s=5",
+    "serve.traced_share=1",
     "fit.cpus_per_worker=0.5",  # two workers fit beside the endpoint on two cores
 ]
 if os.environ.get("SEE_TEST_ENGINE") == "vllm":

@@ -61,6 +61,7 @@ ORDER = [
     "engine.vllm",
     "admit",
     "chain",
+    "tracing",
     "replica",
     "deployer",
     "ensemble",
