@@ -3,7 +3,7 @@
 The real Ray autoscaler with processes as nodes, on an address of its own; the experts of a store that exists.
 Leaves CSV, pictures and summary.json in --out, and prints a table. What came of it: docs/autoscaling.md.
 
-    python jobs/autoscale.py --store EXPERTS --profiles step,spike:20,step@skewed,steady+learn --out autoscale
+    python jobs/autoscale.py --store EXPERTS --profiles step,spike:40,step@skewed,steady+learn --out autoscale
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from see_ray.cli import configured, run
 if TYPE_CHECKING:
     from see_ray.config import Config
 
-DEFAULT = "step,ramp,spike:20,diurnal,idle,step@skewed,steady+learn"
+DEFAULT = "step,ramp,spike:40,diurnal,idle,step@skewed,steady+learn"
 
 
 @click.command()

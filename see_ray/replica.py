@@ -24,6 +24,9 @@ from see_ray.store import ExpertRef, ExpertStore, Manifest
 
 INGRESS_APP = "see"
 GENERALIST_APP = "see-generalist"
+NICE = 5
+"""Niceness of the thread that computes, beside that of the rest of Serve on the same cores."""
+
 ASK_EVERY_S = 0.5
 """Seconds between a spare's questions which expert it is for."""
 
@@ -68,6 +71,7 @@ class Holder:
             prefix_tokens=settings.prefix_tokens,
             kv_gb=settings.kv_gb,
             pass_tokens=settings.pass_tokens,
+            nice=NICE,
             told=self._measured,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from see_ray.activation import encode_prompt
 from see_ray.base_model import load_model
 from see_ray.demo_tasks import general_questions
+from see_ray.engine.embedded import EmbeddedEngine
 from see_ray.engine.interface import Draw, Expert
 from see_ray.errors import ServingError
 from see_ray.store import ExpertStore
@@ -134,6 +136,14 @@ def test_an_answer_goes_on_behind_its_end_where_that_is_asked_for(engine, tokeni
     assert longer[: len(ended)] == ended
     assert len(longer) == len(ended) + 4
     assert longer[len(ended)] in engine.eos
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
+def test_only_the_thread_that_computes_is_nice(base, config):
+    engine = EmbeddedEngine(base, config.base_model, nice=3)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert engine._on_thread(lambda: os.getpriority(os.PRIO_PROCESS, 0)) == own + 3
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 def test_a_process_with_the_model_does_not_hold_scikit_learn(base):

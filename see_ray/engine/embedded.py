@@ -16,6 +16,8 @@ business.
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +65,8 @@ class EmbeddedEngine:
         kv_gb: gigabytes for keys and values of answers in progress; those that do not fit wait.
         pass_tokens: most tokens of a pass; a longer prompt is read in several, so that answers in progress
             do not stand still meanwhile.
+        nice: added to the niceness of the thread that computes, so that what is short and urgent on the same cores
+            (taking requests, refusing them) goes first.
         told: hears of prompt tokens that were found read (`hit`) or not (`miss`), and of the answers that a pass
             goes on with (`rows`).
 
@@ -79,9 +83,13 @@ class EmbeddedEngine:
         prefix_tokens: int = 8192,
         kv_gb: float = 4.0,
         pass_tokens: int = 512,
+        nice: int = 0,
         told: Callable[[str, float], None] = lambda what, value: None,
     ):
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        # On Linux a thread has a niceness of its own, which the threads that it starts inherit, OpenMP's, too;
+        # elsewhere it is the whole process's.
+        nice = nice if sys.platform == "linux" else 0
+        self._thread = ThreadPoolExecutor(1, "engine", initializer=os.nice, initargs=(nice,))
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = self._on_thread(lambda: load_model(base, config, chosen))
         if not packs(self.model):
