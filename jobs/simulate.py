@@ -12,6 +12,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,9 @@ def compared(measured: Path, times: Times, cores: int) -> list[dict[str, Any]]:
         coming = [Arrival(float(o["at"]), o["answered_by"] or o["kind"], "") for o in outcomes]
         serve = load_config(measured / f"{summary['topology']}-{summary['policy']}.yaml").serve
         design = designed(serve, summary["topology"], tuple(names), cores)
+        lengths = [int(o["tokens"]) for o in outcomes if int(o.get("tokens") or 0)]
+        if lengths:  # and a pass in which it is found that the answer has ended
+            design = replace(design, tokens=round(statistics.mean(lengths)) + 1)
         predicted = simulate(coming, times, design, summary["seconds"]).summary()
         made.append({"policy": summary["policy"], "profile": summary["profile"], "topology": summary["topology"],
                      **{name: (summary[name], predicted[name]) for name in COMPARED}})  # fmt: skip

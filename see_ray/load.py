@@ -53,6 +53,7 @@ class Outcome:
         seconds: from sending to the answer's end.
         answered_by: the expert, `generalist`, or empty.
         retry_after: of a refusal, in seconds.
+        tokens: of the answer.
     """
 
     at: float
@@ -62,6 +63,7 @@ class Outcome:
     seconds: float
     answered_by: str = ""
     retry_after: int | None = None
+    tokens: int = 0
 
 
 def profile(name: str, base: float, peak: float, seconds: float) -> Profile:
@@ -130,15 +132,16 @@ async def offer(
             chat = [{"role": "user", "content": arrival.text}]
             body = {"model": model, "messages": chat, "max_tokens": max_tokens}
             sent = time.monotonic()
-            status, who, retry = 0, "", None
+            status, who, retry, tokens = 0, "", None, 0
             try:
                 response = await client.post("/v1/chat/completions", json=body)
                 status, who = response.status_code, response.headers.get("x-see-expert", "")
                 retry = int(response.headers["retry-after"]) if "retry-after" in response.headers else None
+                tokens = response.json()["usage"]["completion_tokens"] if status == 200 else 0
             except httpx.HTTPError:
                 pass
             late = sent - began - arrival.at
-            return Outcome(arrival.at, arrival.kind, late, status, time.monotonic() - sent, who, retry)
+            return Outcome(arrival.at, arrival.kind, late, status, time.monotonic() - sent, who, retry, tokens)
 
         under_way = []
         for arrival in coming:

@@ -4,7 +4,8 @@
                                              each: replicas ◄── autoscaling ◄── nodes
 
 A discrete-event simulation (simpy) with service times that were measured. A replica is what the engine is: one
-thread that takes its work in order, answers written together a token a step. `per_expert` asks one deployment
+thread that runs pass after pass, each of which reads and decides what has come and takes a step of every answer in
+progress; a pass costs a fixed part and something for each of these. `per_expert` asks one deployment
 after another, over a prompt that the generalist has read, or each reads itself; `shared` reads once and decides for
 all in one pass.
 What comes out has the form of a measured run, so that the two can be compared (`jobs/simulate.py`).
@@ -55,13 +56,18 @@ class Times:
     node: float
     hand: float = 0.0
 
+    @property
+    def apass(self) -> float:
+        """What a pass costs whatever it does: the weights are read, a few hundred operations are started."""
+        return max(0.0, min(self.token - self.token_more, self.decide))
+
 
 @dataclass(frozen=True)
 class Design:
     """How the endpoint is built and may scale; the names are those of `config.ServeConfig`.
 
     `cores`: processors of all nodes together where they are one machine, on which replicas wait for each other;
-    0: every replica has its own.
+    0: every replica has its own. `prompts_per_pass`: how many fit into `serve.pass_tokens`.
     """
 
     topology: Literal["per_expert", "shared"]
@@ -79,6 +85,7 @@ class Design:
     max_nodes: int = 1 << 30
     cores: int = 0
     tokens: int = 8
+    prompts_per_pass: int = 6
 
 
 def simulate(coming: Sequence[Arrival], times: Times, design: Design, seconds: float, name: str = "") -> Run:
@@ -201,7 +208,7 @@ class _Deployment:
         """Work of so many seconds at the replica that has least to do, once `after` has happened; gives the replica."""
         self.ongoing += 1
         try:
-            yield self.world.env.timeout(self.world.times.hop)
+            yield from self.world.busy(self.world.times.hop)
             if after:
                 yield after
             replica = yield from self._chosen()
@@ -213,12 +220,14 @@ class _Deployment:
     def answer(self, replica: _Replica | None, before: float) -> Steps:
         """An answer's first token, after so many seconds of reading; gives the event of its last one."""
         self.ongoing += 1
-        yield self.world.env.timeout(self.world.times.hop)
+        yield from self.world.busy(self.world.times.hop)
         if replica is None or replica not in self.replicas:
             replica = yield from self._chosen()
-        yield replica.work(before + self.world.times.decide)  # the accept token, then the first of the answer
-        done = replica.write(self.world.design.tokens - 1)
+        if before:
+            yield replica.work(before)
+        first, done = replica.write(self.world.design.tokens)
         done.callbacks.append(lambda event: self._end())
+        yield first
         return done
 
     def _end(self) -> None:
@@ -271,54 +280,65 @@ class _Deployment:
 
 
 class _Replica:
-    """One thread that does its work in order, and goes on with all answers together in between."""
+    """One thread that runs pass after pass: what has come, and a step of all answers."""
 
     def __init__(self, world: _World):
         self.world = world
-        self._work: simpy.Store = simpy.Store(world.env)
-        self._writing: list[list[Any]] = []  # [tokens left, event]
-        self._waiting = 0
-        self._stepping = False
+        self._coming: list[tuple[float, simpy.Event]] = []
+        self._writing: list[_Writing] = []
+        self._called = world.env.event()
         world.env.process(self._run())
 
     def load(self) -> int:
-        return self._waiting + len(self._writing)
+        return len(self._coming) + len(self._writing)
 
     def work(self, seconds: float) -> simpy.Event:
-        """Put work in; the event happens when it is done."""
+        """Put work in, which alone would take so many seconds; the event happens when it is done."""
         event = self.world.env.event()
-        self._waiting += 1
-        self._work.put((seconds, event))
+        self._coming.append((seconds, event))
+        self._call()
         return event
 
-    def write(self, tokens: int) -> simpy.Event:
-        """So many more tokens of an answer; the event happens with the last."""
-        event = self.world.env.event()
-        if tokens <= 0:
-            return event.succeed()
-        self._writing.append([tokens, event])
-        if not self._stepping:
-            self._stepping = True
-            self._work.put((None, None))
-        return event
+    def write(self, tokens: int) -> tuple[simpy.Event, simpy.Event]:
+        """An answer of so many tokens; the events happen with the first and with the last."""
+        answer = _Writing(tokens, self.world.env.event(), self.world.env.event())
+        self._writing.append(answer)
+        self._call()
+        return answer.first, answer.done
+
+    def _call(self) -> None:
+        if not self._called.triggered:
+            self._called.succeed()
 
     def _run(self) -> Steps:
-        times = self.world.times
+        times, most = self.world.times, self.world.design.prompts_per_pass
         while True:
-            seconds, event = yield self._work.get()
-            step = list(self._writing) if event is None else []
-            if event is None:
-                seconds = times.token + times.token_more * (len(step) - 1)
-            yield from self.world.busy(seconds)
-            if event is not None:
-                self._waiting -= 1
+            if not self.load():
+                self._called = self.world.env.event()
+                yield self._called
+            reads, self._coming = self._coming[:most], self._coming[most:]
+            steps = list(self._writing)
+            # What work takes alone has the fixed part in it, which a pass pays once.
+            seconds = sum(max(0.0, alone - times.apass) for alone, _ in reads) + times.token_more * len(steps)
+            yield from self.world.busy(times.apass + seconds)
+            for _, event in reads:
                 event.succeed()
-                continue
-            for answer in step:
-                answer[0] -= 1
-                if answer[0] == 0:
-                    answer[1].succeed()
-            self._writing = [answer for answer in self._writing if answer[0] > 0]
-            self._stepping = bool(self._writing)
-            if self._stepping:
-                self._work.put((None, None))
+            for answer in steps:
+                answer.step()
+            self._writing = [answer for answer in self._writing if answer.left > 0]
+
+
+@dataclass
+class _Writing:
+    """An answer in progress: tokens that are left, and the events of the first and the last."""
+
+    left: int
+    first: simpy.Event
+    done: simpy.Event
+
+    def step(self) -> None:
+        self.left -= 1
+        if not self.first.triggered:
+            self.first.succeed()
+        if self.left == 0:
+            self.done.succeed()

@@ -21,13 +21,20 @@ def steady(rate: float, seconds: float, kind: str = "a") -> list:
 def test_alone_a_request_takes_the_sum_of_its_work():
     alone = steady(1, 5)[:1]
     run = simulate(alone, QUICK, replace(ONE, tokens=3), 5)
-    # A hop, reading and deciding; a hop, the first token; two more.
-    assert run.outcomes[0].seconds == pytest.approx(0.005 + 0.3 + 0.005 + 0.1 + 2 * 0.05)
+    # A hop, reading and deciding; a hop, three tokens.
+    assert run.outcomes[0].seconds == pytest.approx(0.005 + 0.3 + 0.005 + 3 * 0.05)
+
+
+def test_a_pass_pays_its_fixed_part_once():
+    together = [replace(steady(1, 5)[0], at=0) for _ in range(3)]
+    times = [outcome.seconds for outcome in simulate(together, QUICK, ONE, 5).outcomes]
+    # 0.04 is a pass's own: 0.26 more for each prompt and its decision, 0.01 for each answer's step.
+    assert times == pytest.approx([0.005 + 0.04 + 3 * 0.26 + 0.005 + 0.04 + 3 * 0.01] * 3)
 
 
 def test_the_wait_at_a_replica_is_that_of_a_queue_with_one_server():
     """M/D/1 (Pollaczek and Khinchine): the mean wait is u s / (2 (1 - u)) for work of s seconds at utilization u."""
-    world = _World(QUICK, ONE)
+    world = _World(replace(QUICK, token=QUICK.token_more), replace(ONE, prompts_per_pass=1))
     replica, waits = _Replica(world), []
 
     def one():
@@ -57,7 +64,7 @@ def test_a_prompt_that_is_read_once_is_handed_on():
     times = replace(QUICK, hand=0.003)
     (last,) = simulate(steady(1, 5, "c")[:1], times, design, 5).outcomes
     # A hop and reading; three hops (the first meanwhile), taking over and deciding; a hop, the first token.
-    assert last.seconds == pytest.approx(0.005 + 0.2 + 2 * 0.005 + 3 * 0.103 + 0.005 + 0.1)
+    assert last.seconds == pytest.approx(0.005 + 0.2 + 2 * 0.005 + 3 * 0.103 + 0.005 + 0.05)
     (nobodys,) = simulate(steady(1, 5, "nobody")[:1], times, design, 5).outcomes
     assert nobodys.seconds == pytest.approx(last.seconds)  # the generalist has read it
 
@@ -73,7 +80,7 @@ def test_overload_is_refused_and_the_served_wait_a_bounded_time():
     run = simulate(steady(20, 120), QUICK, replace(ONE, max_wait_s=10), 120)
     refused = [outcome for outcome in run.outcomes if outcome.status == 429]
     served = [outcome for outcome in run.outcomes if outcome.status == 200]
-    assert len(served) / 120 == pytest.approx(1 / 0.4, rel=0.15)  # capacity
+    assert len(served) / 120 == pytest.approx(1 / (0.26 + 0.01 + 0.04 / 6), rel=0.15)  # capacity
     assert len(refused) == len(run.outcomes) - len(served)
     assert all(outcome.seconds == 0 for outcome in refused)
     assert max(outcome.seconds for outcome in served) < 2 * 10
