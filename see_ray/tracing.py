@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a query's way through proxy, ingress and replicas, and its walk over the sequence.
+"""OpenTelemetry traces: a query's way through ingress and replicas, and its walk over the sequence.
 
 Serve makes a span at each hop and hands the trace on (`serve.traced_share` turns it on); the walk's own span, with what
 each expert decided, is made here. Spans go where `$OTEL_EXPORTER_OTLP_ENDPOINT` says, or into files beside Serve's
