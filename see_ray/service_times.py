@@ -75,6 +75,8 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, hop: float, st
     half = len(prompts) // 2
     new = statistics.median(_seconds(decided(prompt, names[:1])) for prompt in prompts[1:half])
     decide = statistics.median(_seconds(decided(prompts[1], [name])) for name in names[1:])
+    for prompt in prompts[half:]:
+        asyncio.run(engine.read(prompt))
     together = statistics.median(_seconds(decided(prompt, names)) for prompt in prompts[half:])
     arrays = asyncio.run(engine.read(prompts[1]))
     hand = _median(lambda: engine.adopt(prompts[1], pickle.loads(pickle.dumps(arrays, protocol=5))), 20)
@@ -83,7 +85,7 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, hop: float, st
     return Times(
         read=max(0.0, new - decide),
         decide=decide,
-        decide_more=max(0.0, together - new) / (MANY - 1),
+        decide_more=max(0.0, together - decide) / (MANY - 1),
         token=max(0.0, token),
         token_more=max(0.0, many - token) / (MANY - 1),
         hop=hop,
