@@ -104,6 +104,7 @@ IMPORTS_RAY = {
     "metrics",
     "ray_session",
     "replica",
+    "tracing",
     "deployer",
     "ensemble",
     "topology",
