@@ -70,6 +70,10 @@ class Live:
         """Whether there are experts that go on from what the base model has read."""
         return any(expert.activated for expert in self.experts)
 
+    def after(self, before: Live) -> Live:
+        """This, or what was known before, if who says this has not looked at the store yet."""
+        return before if self.version < 0 <= before.version else self
+
     def with_(self, **changes: Any) -> Live:
         """The same but for some fields."""
         return replace(self, **changes)

@@ -41,10 +41,11 @@ class Ensemble(Holder):
         self._loaded: dict[str, LiveExpert] = {}  # by name
         self._ids: dict[str, str] = {}  # name: id of the version that is loaded
         self._unneeded: dict[str, float] = {}
+        self._looked = asyncio.Event()
         self._loop = asyncio.get_running_loop().create_task(self._keep_up())
 
     async def live(self) -> Live:
-        """What this replica walks now."""
+        """What this replica walks now; version -1 as long as it has not read the store."""
         return self._live
 
     def about(self) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class Ensemble(Holder):
 
     async def route(self, prompt: list[int], expert: str | None = None) -> Trace:
         """Who answers a prompt (token ids), and why; `expert` names one, or the generalist."""
+        await self._looked.wait()  # a replica that has just started would pass everything to the generalist
         if expert is not None:
             return named(expert, self._live.version)
         live = self._live
@@ -124,6 +126,7 @@ class Ensemble(Holder):
                     failed[ref.id] = str(error)
         experts = [self._loaded[ref.name] for ref in head.newest_first() if ref.id not in failed]
         self._live = Live(head.version, tuple(experts), failed)
+        self._looked.set()
         now, names = asyncio.get_running_loop().time(), {ref.name for ref in head.experts}
         self._unneeded |= dict.fromkeys(self._ids.keys() - names - self._unneeded.keys(), now)
 

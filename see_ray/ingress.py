@@ -111,7 +111,7 @@ class Ingress:
     async def _follow_live(self) -> None:
         while True:
             try:
-                self._live = await self._topology.live()
+                self._live = (await self._topology.live()).after(self._live)
                 self._show_state()
             except (RayServeException, ray.exceptions.RayError) as error:
                 logger.warning("cannot ask what is live, going on with what was: %s", error)

@@ -13,7 +13,8 @@ from ray import serve
 from see_ray.activation import encode_prompt
 from see_ray.api import Sampling
 from see_ray.chain import GENERALIST
-from see_ray.ensemble import ENSEMBLE_APP, ensemble_app
+from see_ray.deployer import Live
+from see_ray.ensemble import ENSEMBLE_APP, Ensemble, ensemble_app
 from see_ray.serving import ingress_app
 from see_ray.store import ExpertStore
 from see_ray.topology import PerExpert, Shared
@@ -73,6 +74,22 @@ def test_both_topologies_route_alike(outcomes):
     assert routes["shared"] == routes["per_expert"] == routes["reading alone"]
     who = {trace.answered_by for trace, _ in outcomes["shared"]}
     assert {GENERALIST, "tickets", "dates"} == who
+
+
+async def test_a_replica_that_has_just_started_waits_until_it_knows_the_experts(experts, config, tokenizer):
+    """Or it would pass everything on to the generalist."""
+    replica = Ensemble(config.model_dump(mode="json"))
+    trace = await replica.route(encode_prompt(tokenizer, [{"role": "user", "content": "Hello"}]))
+    assert trace.sequence_version == ExpertStore.open(config.store.url).head().version
+    assert [asked.expert for asked in trace.asked] == ["dates", "tickets"]
+    replica._loop.cancel()
+
+
+def test_a_replica_that_knows_nothing_yet_does_not_make_others_forget():
+    known = Live(3)
+    assert Live().after(known) is known
+    assert Live(4).after(known).version == 4
+    assert Live().after(Live()).version == -1
 
 
 def test_both_topologies_answer_alike(outcomes):
