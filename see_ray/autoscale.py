@@ -174,6 +174,7 @@ def experiment(
     out.mkdir(parents=True, exist_ok=True)
     if not Path(config.store.url).is_dir():
         raise ConfigError(f"the expert store {config.store.url} is not a folder; experiments work on a copy of one")
+    (out / "times.json").unlink(missing_ok=True)  # of an earlier experiment; the first endpoint here is measured anew
     summaries: list[dict[str, Any]] = []
     for topology, policy in itertools.product(topologies, policies):
         name = f"{topology}-{policy.name}"

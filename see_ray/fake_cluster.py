@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +39,9 @@ _EMPTY_LISTS = (
 class FakeCluster:
     """A head and workers that the autoscaler starts and stops; a context manager.
 
+    Meanwhile SIGTERM is taken as Ctrl-C, so that a process that is told to end takes its cluster with it: whoever looks
+    for a Ray on this machine later would find what was left.
+
     Args:
         node: resources of a worker node, such as `{"CPU": 1}`.
         max_nodes: most worker nodes.
@@ -59,6 +64,9 @@ class FakeCluster:
         with socket.create_server(("127.0.0.1", 0)) as server:
             self.address = f"127.0.0.1:{server.getsockname()[1]}"
         (self._folder / "autoscaler.json").write_text(json.dumps(self._settings()), encoding="utf-8")
+        self._on_term = None
+        if threading.current_thread() is threading.main_thread():  # the only one that may set it
+            self._on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)
         command = [
             str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--include-dashboard=false",
             "--node-ip-address=127.0.0.1", f"--port={self.address.partition(':')[2]}",
@@ -97,6 +105,8 @@ class FakeCluster:
                 process.kill()
         self._head.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._on_term is not None:
+            signal.signal(signal.SIGTERM, self._on_term)
 
     def _settings(self) -> dict[str, Any]:
         provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -55,3 +56,25 @@ def test_nodes_come_with_demand_go_when_idle_and_leave_nothing_behind(tmp_path):
         timeout=240,
     )
     assert done.stdout.splitlines()[-1:] == ["[0, 2, 0] []"], done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_told_to_end_takes_its_cluster_with_it():
+    script = """
+import time
+from see_ray.fake_cluster import FakeCluster
+with FakeCluster({"CPU": 1}, 1) as cluster:
+    print(cluster._folder, flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        folder = process.stdout.readline().strip()
+        assert Path(folder).is_dir()
+        process.terminate()
+        assert process.wait(timeout=60) != 0
+    left = [p.pid for p in psutil.process_iter(["cmdline"]) if folder in " ".join(p.info["cmdline"] or [])]
+    assert not left
+    assert not Path(folder).exists()
