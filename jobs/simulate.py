@@ -42,7 +42,7 @@ BUSY = 0.6
 @click.option("--beyond", is_flag=True, help="Then go beyond it.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
 def main(measured: Path, cores: int, beyond: bool, out: Path | None) -> None:
-    times = Times(**json.loads((measured / "times.json").read_text()))
+    times = {name: Times(**found) for name, found in json.loads((measured / "times.json").read_text()).items()}
     report: dict[str, Any] = {"compared": compared(measured, times, cores)}
     rows = [
         [row["topology"], row["policy"], row["profile"], *(f"{row[key][0]} / {row[key][1]}" for key in COMPARED)]
@@ -51,14 +51,14 @@ def main(measured: Path, cores: int, beyond: bool, out: Path | None) -> None:
     print(table(["topology", "policy", "profile", *(f"{name} measured / predicted" for name in COMPARED)], rows))
     if beyond:
         grid = [(topology, n, rate) for topology in ("per_expert", "shared") for n in EXPERTS for rate in RATES]
-        report["beyond"] = [planned(times, *place) for place in grid]
+        report["beyond"] = [planned(times[place[0]], *place) for place in grid]
         print()
         print(table(list(report["beyond"][0]), [[str(value) for value in row.values()] for row in report["beyond"]]))
     if out:
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def compared(measured: Path, times: Times, cores: int) -> list[dict[str, Any]]:
+def compared(measured: Path, times: dict[str, Times], cores: int) -> list[dict[str, Any]]:
     """Each measured run, and the model's figures for the same arrivals."""
     made = []
     for summary in json.loads((measured / "summary.json").read_text()):
@@ -68,41 +68,35 @@ def compared(measured: Path, times: Times, cores: int) -> list[dict[str, Any]]:
         # Who answered is known where somebody did; a refused query would have gone to its own expert.
         coming = [Arrival(float(o["at"]), o["answered_by"] or o["kind"], "") for o in outcomes]
         serve = load_config(measured / f"{summary['topology']}-{summary['policy']}.yaml").serve
-        design = designed(serve, summary["topology"], tuple(names), cores)
+        design = Design.of(serve, tuple(names), cores=cores)
         lengths = [int(o["tokens"]) for o in outcomes if int(o.get("tokens") or 0)]
         if lengths:  # and a pass in which it is found that the answer has ended
             design = replace(design, tokens=round(statistics.mean(lengths)) + 1)
-        predicted = simulate(coming, times, design, summary["seconds"]).summary()
+        predicted = simulate(coming, times[serve.topology], design, summary["seconds"]).summary()
         made.append({"policy": summary["policy"], "profile": summary["profile"], "topology": summary["topology"],
                      **{name: (summary[name], predicted[name]) for name in COMPARED}})  # fmt: skip
     return made
-
-
-def designed(serve: ServeConfig, topology: Any, experts: tuple[str, ...], cores: int) -> Design:
-    """The model's design of an endpoint with these settings."""
-    shared = set(Design.__dataclass_fields__) & set(ServeConfig.model_fields) - {"topology"}
-    return Design(topology, experts, cores=cores, **{name: getattr(serve, name) for name in shared})
 
 
 def planned(times: Times, topology: Any, experts: int, rate: float) -> dict[str, Any]:
     """Latency, replicas and nodes of an endpoint that was built for a load, every expert asked for as often."""
     names = tuple(f"e{number}" for number in range(experts))
     # Seconds of work of a request at each deployment that it meets.
-    answer = times.decide + (TOKENS - 1) * times.token
+    answer = times.hop + TOKENS * times.token
     if topology == "shared":
-        work = {"shared": times.read + times.decide + times.decide_more * (experts - 1) + answer}
-        met = rate * work["shared"]
-        replicas = max(1, math.ceil(met / BUSY))
-    else:  # the generalist reads for all; the expert at place k is asked by all that no earlier one took
-        asked = [rate * (1 - place / experts) for place in range(experts)]
-        load = [rate * times.read, *(share * (times.hand + times.decide) + rate / experts * answer for share in asked)]
+        each = times.hop + times.read + times.decide + times.decide_more * (experts - 1) + answer
+        replicas = max(1, math.ceil(rate * each / BUSY))
+    else:  # the generalist reads for all; an expert is asked by all that none took before, and by some too early
+        asked = [rate * (1 - max(0, place + 1 - LOOKAHEAD) / experts) for place in range(experts)]
+        decide = times.hop + times.hand + times.decide
+        load = [rate * (times.hop + times.read), *(share * decide + rate / experts * answer for share in asked)]
         replicas = sum(max(1, math.ceil(seconds / BUSY)) for seconds in load)
     cell = min(rate, CELL_RATE)
     seconds = max(20.0, min(600.0, 400 / cell))
     coming = arrivals(lambda t: cell, seconds, lambda t, chance: (chance.choice(names), ""))
     if topology == "per_expert" and experts > 100:
         # A walk over so many deployments is a sum of hops, reads and decisions; queues hardly matter beside it.
-        each, rest = (times.hop + times.hand + times.decide) / LOOKAHEAD, times.hop + times.read + answer
+        each, rest = decide / LOOKAHEAD, times.hop + times.read + answer
         latency, p95 = experts / 2 * each + rest, 0.95 * experts * each + rest
     else:
         per = max(1, math.ceil(replicas * cell / rate)) if topology == "shared" else max(

@@ -32,13 +32,13 @@ from typing import Any
 from see_ray import admit, load, service_times, serving
 from see_ray.config import Config, load_config
 from see_ray.demo_tasks import demo_tasks
-from see_ray.ensemble import ENSEMBLE_APP
 from see_ray.errors import ConfigError
 from see_ray.fake_cluster import FakeCluster
 from see_ray.learn import Listener
 from see_ray.load import Arrival
 from see_ray.load_report import Run, Second, written
-from see_ray.replica import GENERALIST_APP, INGRESS_APP
+from see_ray.replica import INGRESS_APP
+from see_ray.simulate import Design, Times
 from see_ray.store import ExpertStore
 
 NODE_START_S = 3.0
@@ -174,7 +174,7 @@ def experiment(
     out.mkdir(parents=True, exist_ok=True)
     if not Path(config.store.url).is_dir():
         raise ConfigError(f"the expert store {config.store.url} is not a folder; experiments work on a copy of one")
-    (out / "times.json").unlink(missing_ok=True)  # of an earlier experiment; the first endpoint here is measured anew
+    (out / "times.json").unlink(missing_ok=True)  # of an earlier experiment
     summaries: list[dict[str, Any]] = []
     for topology, policy in itertools.product(topologies, policies):
         name = f"{topology}-{policy.name}"
@@ -209,15 +209,8 @@ def _runs(
             url = serving.start(config)
             listener.note(f"live after {time.monotonic() - began:.1f} s")
             store = ExpertStore.open(config.store.url)
-            if not (out / "times.json").exists() and config.serve.min_replicas > 0:
-                texts = [draws(store)(0, random.Random(number))[1] for number in range(12)]
-                app = ENSEMBLE_APP if config.serve.topology == "shared" else GENERALIST_APP
-                times = service_times.measure(
-                    config, texts, tokens=load.TOKENS, hop=service_times.hop_s(app), start=started_s(),
-                    node=NODE_START_S,
-                )  # fmt: skip
-                listener.note(json.dumps(asdict(times)))
-                (out / "times.json").write_text(json.dumps(asdict(times), indent=2) + "\n", encoding="utf-8")
+            if config.serve.min_replicas > 0:
+                _measure_times(config, url, out / "times.json", listener)
             for number, scene in enumerate(scenes):
                 listener.step(f"{name}, {scene.text}")
                 rate = load.profile(scene.profile, base, scene.peak or peak, seconds)
@@ -231,6 +224,23 @@ def _runs(
             serving.stop()
         finally:
             ray.shutdown()
+
+
+def _measure_times(config: Config, url: str, path: Path, listener: Listener) -> None:
+    """Put this topology's service times into a JSON file by topology, unless they are there."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if config.serve.topology in known:
+        return
+    store = ExpertStore.open(config.store.url)
+    texts = [draws(store)(0, random.Random(number))[1] for number in range(24)]
+    design = Design.of(config.serve, tuple(ref.name for ref in store.head().newest_first()))
+    # What a replica computes is the same in every topology.
+    computed = Times(**next(iter(known.values()))) if known else service_times.measure(
+        config, texts[:12], tokens=load.TOKENS, start=started_s(), node=NODE_START_S
+    )  # fmt: skip
+    times = service_times.of_endpoint(url, texts[12:], computed, design, tokens=load.TOKENS)
+    listener.note(json.dumps(asdict(times)))
+    path.write_text(json.dumps({**known, config.serve.topology: asdict(times)}, indent=2) + "\n", encoding="utf-8")
 
 
 class Learning:

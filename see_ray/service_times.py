@@ -1,6 +1,7 @@
 """Measuring the service times that the model in `simulate` works with.
 
-With an engine in this process, on as many threads as a replica has, and nothing else to do: work, not queues.
+With an engine in this process, on as many threads as a replica has, and nothing else to do: work, not queues. What
+Serve and Ray add to it is what a live endpoint takes of the processors beyond that.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import pickle
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from see_ray.activation import encode_prompt
 from see_ray.base_model import cache_dir, find, load_tokenizer
 from see_ray.config import Config
 from see_ray.errors import ServingError
-from see_ray.simulate import Times
+from see_ray.simulate import Design, Times, work_s
 from see_ray.store import ExpertStore
 
 MANY = 8
@@ -24,15 +26,21 @@ MANY = 8
 
 REPEATS = 5
 
+IDLE_S = 5.0
+"""Seconds for which an endpoint is watched that is asked nothing."""
 
-def measure(config: Config, texts: Sequence[str], *, tokens: int, hop: float, start: float, node: float) -> Times:
-    """Service times of one replica.
+SETTLE_S = 0.3
+"""Seconds after an answer until all who took part have ended their work for it."""
+
+
+def measure(config: Config, texts: Sequence[str], *, tokens: int, start: float, node: float) -> Times:
+    """Service times of one replica; without hops, see :func:`of_endpoint`.
 
     Args:
         config: base model, store (which must hold an expert) and threads of a replica.
         texts: queries of the load, all different.
         tokens: length of the answers.
-        hop, start, node: passed on; see :class:`Times`.
+        start, node: passed on; see :class:`Times`.
 
     Raises:
         ServingError: no expert is live.
@@ -88,20 +96,58 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, hop: float, st
         decide_more=max(0.0, together - decide) / (MANY - 1),
         token=max(0.0, token),
         token_more=max(0.0, many - token) / (MANY - 1),
-        hop=hop,
+        hop=0.0,
         hand=hand,
         start=start,
         node=node,
     )
 
 
-def hop_s(app: str) -> float:
-    """Seconds of a call to a deployment that has nothing to do, there and back."""
-    from ray import serve
+def of_endpoint(url: str, texts: Sequence[str], times: Times, design: Design, *, tokens: int) -> Times:
+    """The times with what a live endpoint takes of this machine's processors beside computing: asked nothing (`idle`),
+    and for each call of a deployment (`hop`).
 
-    handle = serve.get_app_handle(app)
-    handle.about.remote().result()
-    return _median(lambda: handle.about.remote().result(), 20)
+    Everything that runs here is counted, so the machine must have nothing else to do.
+
+    Args:
+        url: of the endpoint.
+        texts: queries, asked one after another.
+        times: what its replicas compute.
+        design: how it is built.
+        tokens: longest answer.
+
+    Raises:
+        ServingError: it does not answer.
+    """
+    import httpx
+
+    before = _busy_s()
+    time.sleep(IDLE_S)
+    idle = (_busy_s() - before) / IDLE_S
+    alone, hops = replace(times, hop=0.0), []
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for text in texts:
+            began, before = time.monotonic(), _busy_s()
+            body = {"model": "see", "messages": [{"role": "user", "content": text}], "max_tokens": tokens}
+            response = client.post("/v1/chat/completions", json=body)
+            if response.status_code != 200:
+                raise ServingError(f"{url} answers {response.status_code} while it is measured: {response.text[:300]}")
+            time.sleep(SETTLE_S)
+            taken = _busy_s() - before - idle * (time.monotonic() - began)
+            answer = response.json()
+            its = replace(design, tokens=answer["usage"]["completion_tokens"] + 1)
+            who = answer["see"]["answered_by"]
+            computed = work_s(who, alone, its)
+            hops.append((taken - computed) / (work_s(who, replace(alone, hop=1.0), its) - computed))
+    return replace(times, hop=max(0.0, statistics.median(hops)), idle=idle)
+
+
+def _busy_s() -> float:
+    """Seconds that this machine's processors have worked, for whomever."""
+    import psutil
+
+    spent = psutil.cpu_times()
+    return float(spent.user + spent.system + getattr(spent, "nice", 0.0))
 
 
 def _median(work: Callable[[], Any], repeats: int = REPEATS) -> float:

@@ -14,12 +14,14 @@ What comes out has the form of a measured run, so that the two can be compared (
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import simpy
 
+from see_ray.config import ServeConfig
 from see_ray.errors import RequestError
 from see_ray.load import Arrival, Outcome
 from see_ray.load_report import Run, Second
@@ -28,7 +30,7 @@ from see_ray.overload import Line
 Steps = Generator[Any, Any, Any]
 GENERALIST = "generalist"
 
-SLICE_S = 0.1
+SLICE_S = 0.02
 """Seconds for which work holds a processor before others take their turn."""
 
 
@@ -41,9 +43,11 @@ class Times:
         decide: one expert's decision over a prefix.
         decide_more: each further expert's in the same pass.
         token: a step of one answer; `token_more`: each further answer in the step.
-        hop: through a deployment handle, without work for a replica.
+        hop: what everything but the replicas' computing takes of a processor for each call of a deployment: HTTP,
+            Serve, Ray and the kernel.
         hand: taking over what another replica has read.
         start: of a processor, until a replica that is asked for answers; `node`: until a node is there.
+        idle: processors that are busy while nothing is asked.
     """
 
     read: float
@@ -55,6 +59,7 @@ class Times:
     start: float
     node: float
     hand: float = 0.0
+    idle: float = 0.0
 
     @property
     def apass(self) -> float:
@@ -87,6 +92,12 @@ class Design:
     tokens: int = 8
     prompts_per_pass: int = 6
 
+    @staticmethod
+    def of(serve: ServeConfig, experts: tuple[str, ...], **more: Any) -> Design:
+        """The design of an endpoint with these settings and experts, the one that is asked first at the front."""
+        shared = set(Design.__dataclass_fields__) & set(ServeConfig.model_fields)
+        return Design(experts=experts, **{name: getattr(serve, name) for name in shared}, **more)
+
 
 def simulate(coming: Sequence[Arrival], times: Times, design: Design, seconds: float, name: str = "") -> Run:
     """Run arrivals through the model.
@@ -103,13 +114,22 @@ def simulate(coming: Sequence[Arrival], times: Times, design: Design, seconds: f
     return Run(name, f"simulated {design.topology}", seconds, world.outcomes, world.looks)
 
 
+def work_s(who: str, times: Times, design: Design) -> float:
+    """Processor seconds of a query that this expert, or the generalist, answers, and that is alone."""
+    world = _World(times, replace(design, cores=0))
+    world.env.process(world.load([Arrival(0.0, who, "")]))
+    world.env.run(until=world.over(1))
+    return world.worked
+
+
 class _World:
     """Everything that goes on in simulated time."""
 
     def __init__(self, times: Times, design: Design):
         self.env = simpy.Environment()
         self.times, self.design = times, design
-        self.cores = simpy.Resource(self.env, design.cores) if design.cores else None
+        self.cores = simpy.PriorityResource(self.env, design.cores) if design.cores else None
+        self.worked = 0.0
         names = [*design.experts, GENERALIST] if design.topology == "per_expert" else ["shared"]
         self.deployments = {name: _Deployment(self, name) for name in names}
         self.line = Line(design.max_wait_s, lambda: self.env.now)
@@ -151,17 +171,20 @@ class _World:
             decide = times.decide + times.decide_more * max(0, len(design.experts) - 1)
             replica = yield from self.deployments["shared"].ask(times.read + (decide if design.experts else 0))
             return (yield from self.deployments["shared"].answer(replica, 0.0))
-        asked = design.experts if who == GENERALIST else design.experts[: design.experts.index(who) + 1]
         reader = self.env.process(self.deployments[GENERALIST].ask(times.read)) if design.share_prefix else None
         own = times.hand if reader else times.read
         replica = None
-        for start in range(0, len(asked), design.lookahead):
-            group = [
-                self.env.process(self.deployments[name].ask(own + times.decide, reader))
-                for name in asked[start : start + design.lookahead]
-            ]
-            yield self.env.all_of(group)
-            replica = group[-1].value
+        waiting: deque[tuple[str, simpy.Process]] = deque()
+        ahead = iter(design.experts)
+        while True:  # as chain.walk; what is asked too much is not cancelled, since most of it has begun
+            while len(waiting) < design.lookahead and (name := next(ahead, None)) is not None:
+                waiting.append((name, self.env.process(self.deployments[name].ask(own + times.decide, reader))))
+            if not waiting:
+                break
+            name, decision = waiting.popleft()
+            replica = yield decision
+            if name == who:
+                break
         # Who answers has read the prompt already, if the answer goes to the replica that decided, or read for all.
         if who == GENERALIST:
             if reader:
@@ -169,13 +192,19 @@ class _World:
             replica = reader.value if reader else None
         return (yield from self.deployments[who].answer(replica, times.read if replica is None else 0.0))
 
-    def busy(self, seconds: float) -> Steps:
+    def hop(self) -> Steps:
+        """A call of a deployment; before computing, which has a lower priority (`replica.NICE`)."""
+        yield from self.busy(self.times.hop, priority=0)
+
+    def busy(self, seconds: float, priority: int = 1) -> Steps:
         """Work on a processor: on one of the machine's where replicas share it, else on one of its own."""
+        self.worked += seconds
         if self.cores is None:
             yield self.env.timeout(seconds)
             return
+        seconds *= self.design.cores / (self.design.cores - self.times.idle)  # what else runs takes its share
         while seconds > 0:  # in slices, as an operating system lets them take turns
-            with self.cores.request() as core:
+            with self.cores.request(priority) as core:
                 yield core
                 yield self.env.timeout(min(seconds, SLICE_S))
             seconds -= SLICE_S
@@ -208,7 +237,7 @@ class _Deployment:
         """Work of so many seconds at the replica that has least to do, once `after` has happened; gives the replica."""
         self.ongoing += 1
         try:
-            yield from self.world.busy(self.world.times.hop)
+            yield from self.world.hop()
             if after:
                 yield after
             replica = yield from self._chosen()
@@ -220,7 +249,7 @@ class _Deployment:
     def answer(self, replica: _Replica | None, before: float) -> Steps:
         """An answer's first token, after so many seconds of reading; gives the event of its last one."""
         self.ongoing += 1
-        yield from self.world.busy(self.world.times.hop)
+        yield from self.world.hop()
         if replica is None or replica not in self.replicas:
             replica = yield from self._chosen()
         if before:

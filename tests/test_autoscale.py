@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
+import psutil
 import pytest
 
 from see_ray.autoscale import POLICIES, Scene, draws
 from see_ray.config import load_config
 from see_ray.errors import ConfigError, ServingError
-from see_ray.service_times import measure
+from see_ray.service_times import measure, of_endpoint
+from see_ray.simulate import Design, Times
 from see_ray.store import ExpertStore
 
 
@@ -66,15 +69,27 @@ def test_no_query_comes_twice(config, experts):
 def test_service_times_are_those_of_real_work(config, experts):
     draw = draws(ExpertStore.open(config.store.url))
     texts = [draw(0, random.Random(seed))[1] for seed in range(4)]
-    times = measure(config, texts, tokens=4, hop=0.01, start=10, node=3)
+    times = measure(config, texts, tokens=4, start=10, node=3)
     assert min(times.read, times.decide, times.token) > 0.001
     assert 0 < times.hand < times.read
     assert times.decide_more < times.decide  # together they share the pass over the base model
     assert times.token_more < times.token
-    assert (times.hop, times.start, times.node) == (0.01, 10, 3)
+    assert (times.hop, times.start, times.node) == (0, 10, 3)
+
+
+def test_an_endpoint_takes_more_of_the_processors_than_its_replicas_computing(config, experts, endpoint):
+    draw = draws(ExpertStore.open(config.store.url))
+    texts = [draw(0, random.Random(seed))[1] for seed in range(100, 105)]
+    design = Design.of(config.serve, ("dates", "tickets"))
+    nothing = Times(read=0, decide=0, decide_more=0, token=0, token_more=0, hop=0, start=10, node=3)
+    # If replicas took no time to compute, all that is seen would be the hops'; if they took for ever, nothing.
+    all_hops = of_endpoint(endpoint, texts, nothing, design, tokens=4)
+    assert all_hops.hop > 0.001
+    assert 0 < all_hops.idle < 0.9 * psutil.cpu_count()
+    assert of_endpoint(endpoint, texts, replace(nothing, decide=100.0), design, tokens=4).hop == 0
 
 
 def test_without_an_expert_there_is_nothing_to_measure(config, tmp_path):
     empty = config.model_copy(update={"store": config.store.model_copy(update={"url": str(tmp_path)})})
     with pytest.raises(ServingError, match="see learn"):
-        measure(empty, ["a", "b"], tokens=4, hop=0, start=0, node=0)
+        measure(empty, ["a", "b"], tokens=4, start=0, node=0)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from see_ray.load import arrivals
-from see_ray.simulate import Design, Times, _Replica, _World, simulate
+from see_ray.simulate import Design, Times, _Replica, _World, simulate, work_s
 
 QUICK = Times(read=0.2, decide=0.1, decide_more=0.01, token=0.05, token_more=0.01, hop=0.005, start=5, node=20)
 ONE = Design("shared", ("a",), tokens=1, max_wait_s=1e9)
@@ -98,6 +98,20 @@ def test_from_zero_the_first_waits_for_node_and_replica():
     scaling = replace(ONE, min_replicas=0, max_replicas=2)
     run = simulate(steady(1, 5)[:1], QUICK, scaling, 5)
     assert 25 < run.outcomes[0].seconds < 27
+
+
+def test_work_is_what_processors_do_for_a_query_wherever_they_are():
+    design = Design("per_expert", ("a", "b"), tokens=2, lookahead=2, share_prefix=True)
+    times = replace(QUICK, hand=0.003)
+    # Reading once; both decide, at the same time; two tokens; hops: reading, two decisions, answering.
+    assert work_s("a", times, design) == pytest.approx(0.2 + 2 * 0.103 + 2 * 0.05 + 4 * 0.005)
+
+
+def test_what_else_runs_on_the_machine_takes_its_share():
+    alone = steady(1, 5)[:1]
+    (free,) = simulate(alone, QUICK, replace(ONE, cores=2), 5).outcomes
+    (busy,) = simulate(alone, replace(QUICK, idle=1.0), replace(ONE, cores=2), 5).outcomes
+    assert busy.seconds == pytest.approx(2 * free.seconds)
 
 
 def test_replicas_on_one_machine_wait_for_each_other():
