@@ -92,7 +92,7 @@ setup-vllm: .venv-vllm/.ready ## install everything and vLLM into .venv-vllm (ab
 
 test-vllm: setup-vllm ## run the tests of the vLLM engine, and the endpoint's with it
 	$(VBIN)/python -m pytest -m vllm
-	SEE_TEST_ENGINE=vllm $(VBIN)/python -m pytest tests/test_serving.py
+	SEE_TEST_ENGINE=vllm $(VBIN)/python -m pytest tests/test_serving.py tests/test_topology.py
 
 bench-vllm: setup-vllm ## measure the vLLM engine
 	$(VBIN)/python jobs/bench_vllm.py

@@ -37,7 +37,7 @@ SETTINGS = [
 if os.environ.get("SEE_TEST_ENGINE") == "vllm":
     SETTINGS += [
         "serve.engine=vllm",
-        "serve.vllm={experts: 2, max_rank: 8, kv_cache_memory_bytes: 300000000, max_num_seqs: 16}",
+        "serve.vllm={experts: 2, max_rank: 8, kv_cache_memory_bytes: 400000000, max_num_seqs: 16}",
         "serve.max_wait_s=60",
     ]
 

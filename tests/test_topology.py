@@ -68,17 +68,21 @@ def outcomes(shared_url, config, tokenizer, mixed_queries):
 
 def test_both_topologies_route_alike(outcomes):
     routes = {
-        name: [[(a.expert, round(a.p_accept, 4), a.accepted) for a in trace.asked] for trace, _ in found]
-        for name, found in outcomes.items()
+        name: [[(a.expert, a.accepted) for a in trace.asked] for trace, _ in found] for name, found in outcomes.items()
     }
+    chances = {name: [a.p_accept for trace, _ in found for a in trace.asked] for name, found in outcomes.items()}
     assert routes["shared"] == routes["per_expert"] == routes["reading alone"]
+    # What is computed beside other work differs by rounding.
+    assert chances["shared"] == pytest.approx(chances["per_expert"], abs=1e-4)
+    assert chances["reading alone"] == pytest.approx(chances["per_expert"], abs=1e-4)
     who = {trace.answered_by for trace, _ in outcomes["shared"]}
     assert {GENERALIST, "tickets", "dates"} == who
 
 
 async def test_a_replica_that_has_just_started_waits_until_it_knows_the_experts(experts, config, tokenizer):
     """Or it would pass everything on to the generalist."""
-    replica = Ensemble(config.model_dump(mode="json"))
+    here = config.model_copy(update={"serve": config.serve.model_copy(update={"engine": "embedded"})})
+    replica = Ensemble(here.model_dump(mode="json"))
     trace = await replica.route(encode_prompt(tokenizer, [{"role": "user", "content": "Hello"}]))
     assert trace.sequence_version == ExpertStore.open(config.store.url).head().version
     assert [asked.expert for asked in trace.asked] == ["dates", "tickets"]

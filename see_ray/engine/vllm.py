@@ -395,7 +395,9 @@ async def _start(arguments: dict[str, Any]) -> Any:
             raise ServingError("activated experts need vLLM's V1 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
         llm = AsyncLLM.from_vllm_config(config, disable_log_stats=arguments["disable_log_stats"])
     except (VLLMError, ValueError, TypeError, RuntimeError) as error:
-        raise ServingError(f"vLLM does not start: {_last_line(error)}") from error
+        raise ServingError(
+            f"vLLM does not start: {_last_line(error)} (a cause in another process is in this process's log)"
+        ) from error
     problems = await llm.collective_rpc("see_ray_problem")
     if any(problems):
         llm.shutdown()
