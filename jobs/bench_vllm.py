@@ -126,7 +126,7 @@ def measure(
     cells: list[Cell] = []
     asyncio.run(query(engine, prompt_of(lengths[0], activation), names[:1]))  # first use
     for number, length, at_once in itertools.product([1] if kind == "oracle" else numbers, lengths, callers):
-        expected = max((seconds_for(known, number, length, at_once) for known in cells), default=0.0)
+        expected = min((seconds_for(known, number, length, at_once) for known in cells), default=0.0)
         if expected > limit:
             click.echo(f"  {number} experts, {length} tokens, {at_once} at once: left out, about {expected:.0f} s")
             continue
@@ -140,7 +140,8 @@ def measure(
 
 
 def seconds_for(known: Cell, number: int, length: int, at_once: int) -> float:
-    """A rough guess from a smaller cell: in the full form every expert reads all tokens, else one does."""
+    """A rough guess, and rather too low, from a smaller cell: in the full form every expert reads all tokens, else one
+    does."""
     work = (number * length) / (known.experts * known.prompt) if known.kind == "full" else length / known.prompt
     return at_once / known.rate * work
 

@@ -24,6 +24,9 @@ from see_ray.store import ExpertStore
 MANY = 8
 """Experts that decide, and answers that are written, together, to see what each more costs."""
 
+AT_ONCE = 4
+"""Prompts that are read together, to see what each more costs."""
+
 REPEATS = 5
 
 IDLE_S = 5.0
@@ -38,7 +41,7 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, start: float, 
 
     Args:
         config: base model, store (which must hold an expert) and threads of a replica.
-        texts: queries of the load, all different.
+        texts: queries of the load, all different; six at least.
         tokens: length of the answers.
         start, node: passed on; see :class:`Times`.
 
@@ -68,6 +71,12 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, start: float, 
     def decided(prompt: list[int], experts: list[str]) -> Callable[[], Any]:
         return lambda: asyncio.run(engine.decide(prompt, experts))
 
+    def decided_at_once(row: list[list[int]]) -> Callable[[], Any]:
+        async def decisions() -> None:
+            await asyncio.gather(*(engine.decide(prompt, names[:1]) for prompt in row))
+
+        return lambda: asyncio.run(decisions())
+
     def answered(count: int, most: int) -> Callable[[], Any]:
         async def answers() -> None:
             await asyncio.gather(*(one() for _ in range(count)))
@@ -80,20 +89,23 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, start: float, 
 
     decided(prompts[0], names)()
     # What was decided is remembered: each of these asks for something new.
-    half = len(prompts) // 2
-    new = statistics.median(_seconds(decided(prompt, names[:1])) for prompt in prompts[1:half])
+    third = len(prompts) // 3
+    new = statistics.median(_seconds(decided(prompt, names[:1])) for prompt in prompts[1:third])
     decide = statistics.median(_seconds(decided(prompts[1], [name])) for name in names[1:])
-    for prompt in prompts[half:]:
+    for prompt in prompts[third : 2 * third]:
         asyncio.run(engine.read(prompt))
-    together = statistics.median(_seconds(decided(prompt, names)) for prompt in prompts[half:])
+    by_all = statistics.median(_seconds(decided(prompt, names)) for prompt in prompts[third : 2 * third])
+    at_once = min(AT_ONCE, len(prompts) - 2 * third)
+    rows = [prompts[start : start + at_once] for start in range(2 * third, len(prompts) - at_once + 1, at_once)]
+    several = statistics.median(_seconds(decided_at_once(row)) for row in rows)
     arrays = asyncio.run(engine.read(prompts[1]))
     hand = _median(lambda: engine.adopt(prompts[1], pickle.loads(pickle.dumps(arrays, protocol=5))), 20)
     token = (_median(answered(1, 1 + tokens)) - _median(answered(1, 1))) / tokens
     many = (_median(answered(MANY, 1 + tokens)) - _median(answered(MANY, 1))) / tokens
-    return Times(
+    times = Times(
         read=max(0.0, new - decide),
         decide=decide,
-        decide_more=max(0.0, together - decide) / (MANY - 1),
+        decide_more=max(0.0, by_all - decide) / (MANY - 1),
         token=max(0.0, token),
         token_more=max(0.0, many - token) / (MANY - 1),
         hop=0.0,
@@ -101,6 +113,8 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, start: float, 
         start=start,
         node=node,
     )
+    further = max(0.0, several - new) / (at_once - 1)
+    return replace(times, together=min(1.0, further / (new - times.apass)))
 
 
 def of_endpoint(url: str, texts: Sequence[str], times: Times, design: Design, *, tokens: int) -> Times:

@@ -48,6 +48,7 @@ class Times:
         hand: taking over what another replica has read.
         start: of a processor, until a replica that is asked for answers; `node`: until a node is there.
         idle: processors that are busy while nothing is asked.
+        together: share of its work that a prompt takes that is read, or decided on, in the same pass as another.
     """
 
     read: float
@@ -60,6 +61,7 @@ class Times:
     node: float
     hand: float = 0.0
     idle: float = 0.0
+    together: float = 1.0
 
     @property
     def apass(self) -> float:
@@ -348,7 +350,9 @@ class _Replica:
             reads, self._coming = self._coming[:most], self._coming[most:]
             steps = list(self._writing)
             # What work takes alone has the fixed part in it, which a pass pays once.
-            seconds = sum(max(0.0, alone - times.apass) for alone, _ in reads) + times.token_more * len(steps)
+            work = [max(0.0, alone - times.apass) for alone, _ in reads]
+            most_work = max(work, default=0.0)
+            seconds = most_work + times.together * (sum(work) - most_work) + times.token_more * len(steps)
             yield from self.world.busy(times.apass + seconds)
             for _, event in reads:
                 event.succeed()

@@ -68,12 +68,13 @@ def test_no_query_comes_twice(config, experts):
 
 def test_service_times_are_those_of_real_work(config, experts):
     draw = draws(ExpertStore.open(config.store.url))
-    texts = [draw(0, random.Random(seed))[1] for seed in range(4)]
+    texts = [draw(0, random.Random(seed))[1] for seed in range(12)]
     times = measure(config, texts, tokens=4, start=10, node=3)
     assert min(times.read, times.decide, times.token) > 0.001
     assert 0 < times.hand < times.read
     assert times.decide_more < times.decide  # together they share the pass over the base model
     assert times.token_more < times.token
+    assert 0 < times.together < 1
     assert (times.hop, times.start, times.node) == (0, 10, 3)
 
 

@@ -32,6 +32,12 @@ def test_a_pass_pays_its_fixed_part_once():
     assert times == pytest.approx([0.005 + 0.04 + 3 * 0.26 + 0.005 + 0.04 + 3 * 0.01] * 3)
 
 
+def test_prompts_of_one_pass_take_a_share_of_their_work():
+    together = [replace(steady(1, 5)[0], at=0) for _ in range(3)]
+    times = [outcome.seconds for outcome in simulate(together, replace(QUICK, together=0.5), ONE, 5).outcomes]
+    assert times == pytest.approx([0.005 + 0.04 + 2 * 0.26 + 0.005 + 0.04 + 3 * 0.01] * 3)
+
+
 def test_the_wait_at_a_replica_is_that_of_a_queue_with_one_server():
     """M/D/1 (Pollaczek and Khinchine): the mean wait is u s / (2 (1 - u)) for work of s seconds at utilization u."""
     world = _World(replace(QUICK, token=QUICK.token_more), replace(ONE, prompts_per_pass=1))
