@@ -84,7 +84,7 @@ def planned(times: Times, topology: Any, experts: int, rate: float) -> dict[str,
     # Seconds of work of a request at each deployment that it meets.
     answer = times.hop + TOKENS * times.token
     if topology == "shared":
-        each = times.hop + times.read + times.decide + times.decide_more * (experts - 1) + answer
+        each = times.hop + (times.reading() & times.deciding(experts)).seconds + answer
         replicas = max(1, math.ceil(rate * each / BUSY))
     else:  # the generalist reads for all; an expert is asked by all that none took before, and by some too early
         asked = [rate * (1 - max(0, place + 1 - LOOKAHEAD) / experts) for place in range(experts)]

@@ -232,13 +232,13 @@ def _measure_times(config: Config, url: str, path: Path, listener: Listener) -> 
     if config.serve.topology in known:
         return
     store = ExpertStore.open(config.store.url)
-    texts = [draws(store)(0, random.Random(number))[1] for number in range(36)]
+    texts = [draws(store)(0, random.Random(number))[1] for number in range(92)]
     design = Design.of(config.serve, tuple(ref.name for ref in store.head().newest_first()))
     # What a replica computes is the same in every topology.
     computed = Times(**next(iter(known.values()))) if known else service_times.measure(
-        config, texts[:24], tokens=load.TOKENS, start=started_s(), node=NODE_START_S
+        config, texts[:80], tokens=load.TOKENS, start=started_s(), node=NODE_START_S
     )  # fmt: skip
-    times = service_times.of_endpoint(url, texts[24:], computed, design, tokens=load.TOKENS)
+    times = service_times.of_endpoint(url, texts[80:], computed, design, tokens=load.TOKENS)
     listener.note(json.dumps(asdict(times)))
     path.write_text(json.dumps({**known, config.serve.topology: asdict(times)}, indent=2) + "\n", encoding="utf-8")
 

@@ -7,10 +7,14 @@ Serve and Ray add to it is what a live endpoint takes of the processors beyond t
 from __future__ import annotations
 
 import asyncio
+import itertools
+import multiprocessing
+import os
 import pickle
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +45,7 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, start: float, 
 
     Args:
         config: base model, store (which must hold an expert) and threads of a replica.
-        texts: queries of the load, all different; six at least.
+        texts: queries of the load, all different; five times `AT_ONCE` at least.
         tokens: length of the answers.
         start, node: passed on; see :class:`Times`.
 
@@ -50,32 +54,22 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, start: float, 
     """
     import torch
 
-    from see_ray.engine.embedded import EmbeddedEngine
-    from see_ray.engine.interface import Expert
-    from see_ray.replica import activation_of_manifest
-
     torch.set_num_threads(config.serve.replica_threads or 1)
-    store = ExpertStore.open(config.store.url)
-    if not (live := store.head().experts):
-        raise ServingError(f"{store.url} has no live expert to measure; teach one with `see learn`")
-    manifest = store.manifest(live[-1])
-    base = find(config.base_model)
-    folder = store.fetch(live[-1], cache_dir(config.base_model) / "experts")
-    engine = EmbeddedEngine(base, config.base_model)
-    names = [f"copy{number}" for number in range(MANY)]
-    for name in names:
-        engine.load(Expert(name, folder, activation_of_manifest(manifest)))
-    tokenizer: Any = load_tokenizer(base)
+    engine, names = _engine(config)
+    tokenizer: Any = load_tokenizer(find(config.base_model))
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
 
-    def decided(prompt: list[int], experts: list[str]) -> Callable[[], Any]:
-        return lambda: asyncio.run(engine.decide(prompt, experts))
-
-    def decided_at_once(row: list[list[int]]) -> Callable[[], Any]:
+    def decided(row: list[list[int]], experts: int = 1) -> Callable[[], Any]:
         async def decisions() -> None:
-            await asyncio.gather(*(engine.decide(prompt, names[:1]) for prompt in row))
+            await asyncio.gather(*(engine.decide(prompt, names[:experts]) for prompt in row))
 
         return lambda: asyncio.run(decisions())
+
+    def read(row: list[list[int]]) -> Callable[[], Any]:
+        async def readings() -> None:
+            await asyncio.gather(*(engine.read(prompt) for prompt in row))
+
+        return lambda: asyncio.run(readings())
 
     def answered(count: int, most: int) -> Callable[[], Any]:
         async def answers() -> None:
@@ -87,34 +81,94 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, start: float, 
 
         return lambda: asyncio.run(answers())
 
-    decided(prompts[0], names)()
-    # What was decided is remembered: each of these asks for something new.
-    third = len(prompts) // 3
-    new = statistics.median(_seconds(decided(prompt, names[:1])) for prompt in prompts[1:third])
-    decide = statistics.median(_seconds(decided(prompts[1], [name])) for name in names[1:])
-    for prompt in prompts[third : 2 * third]:
-        asyncio.run(engine.read(prompt))
-    by_all = statistics.median(_seconds(decided(prompt, names)) for prompt in prompts[third : 2 * third])
-    at_once = min(AT_ONCE, len(prompts) - 2 * third)
-    rows = [prompts[start : start + at_once] for start in range(2 * third, len(prompts) - at_once + 1, at_once)]
-    several = statistics.median(_seconds(decided_at_once(row)) for row in rows)
+    # What was read or decided is remembered, so each of these asks for something new; beginnings that the queries of
+    # a load have in common are known, as they are to a replica after a while.
+    share = len(prompts) // 5
+    known, alone, apart, crowd, few = (prompts[start * share : (start + 1) * share] for start in range(5))
+    for prompt in known:
+        decided([prompt], MANY)()
+    single = [[prompt] for prompt in alone]
+    several = [few[start : start + AT_ONCE] for start in range(0, len(few) - AT_ONCE + 1, AT_ONCE)]
+    reads, reads_together = _median([read(row) for row in single]), _median([read(row) for row in several])
+    one, together = _median([decided(row) for row in single]), _median([decided(row) for row in several])
+    by_all = _median([decided(row, MANY) for row in single])  # the first has decided; the others are new
     arrays = asyncio.run(engine.read(prompts[1]))
-    hand = _median(lambda: engine.adopt(prompts[1], pickle.loads(pickle.dumps(arrays, protocol=5))), 20)
-    token = (_median(answered(1, 1 + tokens)) - _median(answered(1, 1))) / tokens
-    many = (_median(answered(MANY, 1 + tokens)) - _median(answered(MANY, 1))) / tokens
-    times = Times(
-        read=max(0.0, new - decide),
-        decide=decide,
-        decide_more=max(0.0, by_all - decide) / (MANY - 1),
+    hand = _median([lambda: engine.adopt(prompts[1], pickle.loads(pickle.dumps(arrays, protocol=5)))] * 20)
+    token = (_median([answered(1, 1 + tokens)] * REPEATS) - _median([answered(1, 1)] * REPEATS)) / tokens
+    many = (_median([answered(MANY, 1 + tokens)] * REPEATS) - _median([answered(MANY, 1)] * REPEATS)) / tokens
+    uncrowded = _median([decided([prompt]) for prompt in apart])
+    with _others_at_work(config, prompts[0], cores() - 1):
+        crowded = _median([decided([prompt]) for prompt in crowd])
+    return Times(
+        read=reads,
+        read_more=max(0.0, reads_together - reads) / (AT_ONCE - 1),
+        decide=one,
+        decide_more=max(0.0, together - one) / (AT_ONCE - 1),
+        decide_also=max(0.0, by_all - one) / (MANY - 2),
         token=max(0.0, token),
         token_more=max(0.0, many - token) / (MANY - 1),
         hop=0.0,
         hand=hand,
         start=start,
         node=node,
+        crowd=max(1.0, crowded / uncrowded),
     )
-    further = max(0.0, several - new) / (at_once - 1)
-    return replace(times, together=min(1.0, further / (new - times.apass)))
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _engine(config: Config) -> tuple[Any, list[str]]:
+    """An engine with copies of a live expert, and their names."""
+    from see_ray.engine.embedded import EmbeddedEngine
+    from see_ray.engine.interface import Expert
+    from see_ray.replica import activation_of_manifest
+
+    store = ExpertStore.open(config.store.url)
+    if not (live := store.head().experts):
+        raise ServingError(f"{store.url} has no live expert to measure; teach one with `see learn`")
+    manifest = store.manifest(live[-1])
+    folder = store.fetch(live[-1], cache_dir(config.base_model) / "experts")
+    engine = EmbeddedEngine(find(config.base_model), config.base_model)
+    names = [f"copy{number}" for number in range(MANY)]
+    for name in names:
+        engine.load(Expert(name, folder, activation_of_manifest(manifest)))
+    return engine, names
+
+
+@contextmanager
+def _others_at_work(config: Config, prompt: list[int], count: int) -> Iterator[None]:
+    """So many other processes that do nothing but decide."""
+    spawn = multiprocessing.get_context("spawn")
+    begun = spawn.Semaphore(0)
+    others = [
+        spawn.Process(target=_decide_on_and_on, args=(config.model_dump(mode="json"), prompt, begun), daemon=True)
+        for _ in range(count)
+    ]
+    try:
+        for other in others:
+            other.start()
+        for _ in others:
+            begun.acquire(timeout=120)
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.join()
+
+
+def _decide_on_and_on(config: dict[str, Any], prompt: list[int], begun: Any) -> None:
+    import torch
+
+    own = Config.model_validate(config)
+    torch.set_num_threads(own.serve.replica_threads or 1)
+    engine, names = _engine(own)
+    for number in itertools.count():
+        asyncio.run(engine.decide([number % 1000, number // 1000, *prompt], names[:1]))
+        if number == 0:
+            begun.release()
 
 
 def of_endpoint(url: str, texts: Sequence[str], times: Times, design: Design, *, tokens: int) -> Times:
@@ -164,8 +218,8 @@ def _busy_s() -> float:
     return float(spent.user + spent.system + getattr(spent, "nice", 0.0))
 
 
-def _median(work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    return statistics.median(_seconds(work) for _ in range(repeats))
+def _median(works: Sequence[Callable[[], Any]]) -> float:
+    return statistics.median(_seconds(work) for work in works)
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -35,25 +35,55 @@ SLICE_S = 0.02
 
 
 @dataclass(frozen=True)
+class Work:
+    """What is done in a pass: seconds that it takes however much there is, and seconds for each piece.
+
+    A pass reads the weights and starts a few hundred operations once, whatever is in it, so work that is done
+    together, `one & other`, takes the greater of the fixed parts and the sum of the others.
+    """
+
+    fixed: float = 0.0
+    each: float = 0.0
+
+    @staticmethod
+    def of(alone: float, more: float) -> Work:
+        """From the seconds of one piece alone in its pass, and of each more."""
+        return Work(max(0.0, alone - more), min(alone, more))
+
+    def __and__(self, other: Work) -> Work:
+        return Work(max(self.fixed, other.fixed), self.each + other.each)
+
+    def __mul__(self, pieces: int) -> Work:
+        return Work(self.fixed, self.each * pieces) if pieces else Work()
+
+    @property
+    def seconds(self) -> float:
+        return self.fixed + self.each
+
+
+@dataclass(frozen=True)
 class Times:
     """Seconds of work, on one replica's thread unless said otherwise.
 
     Attributes:
-        read: reading a prompt, without its end (the prefix).
-        decide: one expert's decision over a prefix.
-        decide_more: each further expert's in the same pass.
+        read: reading a prompt, without its end (the prefix); `read_more`: each further prompt in the pass.
+        decide: one expert's decision over a prefix; `decide_more`: each further prompt's in the pass;
+            `decide_also`: each further expert's on the same prompt.
         token: a step of one answer; `token_more`: each further answer in the step.
         hop: what everything but the replicas' computing takes of a processor for each call of a deployment: HTTP,
             Serve, Ray and the kernel.
         hand: taking over what another replica has read.
         start: of a processor, until a replica that is asked for answers; `node`: until a node is there.
         idle: processors that are busy while nothing is asked.
-        together: share of its work that a prompt takes that is read, or decided on, in the same pass as another.
+        crowd: by how much work takes longer while all of a machine's processors are at work, which share memory and
+            caches, or are two threads of one core.
     """
 
     read: float
+    read_more: float
     decide: float
     decide_more: float
+    decide_also: float
     token: float
     token_more: float
     hop: float
@@ -61,12 +91,18 @@ class Times:
     node: float
     hand: float = 0.0
     idle: float = 0.0
-    together: float = 1.0
+    crowd: float = 1.0
 
-    @property
-    def apass(self) -> float:
-        """What a pass costs whatever it does: the weights are read, a few hundred operations are started."""
-        return max(0.0, min(self.token - self.token_more, self.decide))
+    def reading(self) -> Work:
+        return Work.of(self.read, self.read_more)
+
+    def deciding(self, experts: int = 1) -> Work:
+        """Decisions of so many experts on a prompt."""
+        one = Work.of(self.decide, self.decide_more)
+        return Work(one.fixed, one.each + self.decide_also * (experts - 1)) if experts else Work()
+
+    def writing(self) -> Work:
+        return Work.of(self.token, self.token_more)
 
 
 @dataclass(frozen=True)
@@ -170,17 +206,16 @@ class _World:
         """The walk, and the answer's first step; gives the event of the answer's end."""
         times, design = self.times, self.design
         if design.topology == "shared":
-            decide = times.decide + times.decide_more * max(0, len(design.experts) - 1)
-            replica = yield from self.deployments["shared"].ask(times.read + (decide if design.experts else 0))
-            return (yield from self.deployments["shared"].answer(replica, 0.0))
-        reader = self.env.process(self.deployments[GENERALIST].ask(times.read)) if design.share_prefix else None
-        own = times.hand if reader else times.read
+            replica = yield from self.deployments["shared"].ask(times.reading() & times.deciding(len(design.experts)))
+            return (yield from self.deployments["shared"].answer(replica))
+        reader = self.env.process(self.deployments[GENERALIST].ask(times.reading())) if design.share_prefix else None
+        own = (Work(0.0, times.hand) if reader else times.reading()) & times.deciding()
         replica = None
         waiting: deque[tuple[str, simpy.Process]] = deque()
         ahead = iter(design.experts)
         while True:  # as chain.walk; what is asked too much is not cancelled, since most of it has begun
             while len(waiting) < design.lookahead and (name := next(ahead, None)) is not None:
-                waiting.append((name, self.env.process(self.deployments[name].ask(own + times.decide, reader))))
+                waiting.append((name, self.env.process(self.deployments[name].ask(own, reader))))
             if not waiting:
                 break
             name, decision = waiting.popleft()
@@ -192,7 +227,7 @@ class _World:
             if reader:
                 yield reader
             replica = reader.value if reader else None
-        return (yield from self.deployments[who].answer(replica, times.read if replica is None else 0.0))
+        return (yield from self.deployments[who].answer(replica, times.reading() if replica is None else None))
 
     def hop(self) -> Steps:
         """A call of a deployment; before computing, which has a lower priority (`replica.NICE`)."""
@@ -208,7 +243,8 @@ class _World:
         while seconds > 0:  # in slices, as an operating system lets them take turns
             with self.cores.request(priority) as core:
                 yield core
-                yield self.env.timeout(min(seconds, SLICE_S))
+                others = (self.cores.count - 1) / max(1, self.design.cores - 1)
+                yield self.env.timeout(min(seconds, SLICE_S) * (1 + (self.times.crowd - 1) * others))
             seconds -= SLICE_S
 
     def watch(self) -> Steps:
@@ -235,21 +271,21 @@ class _Deployment:
         if world.design.max_replicas > world.design.min_replicas:
             world.env.process(self._autoscale())
 
-    def ask(self, seconds: float, after: simpy.Event | None = None) -> Steps:
-        """Work of so many seconds at the replica that has least to do, once `after` has happened; gives the replica."""
+    def ask(self, work: Work, after: simpy.Event | None = None) -> Steps:
+        """Work at the replica that has least to do, once `after` has happened; gives the replica."""
         self.ongoing += 1
         try:
             yield from self.world.hop()
             if after:
                 yield after
             replica = yield from self._chosen()
-            yield replica.work(seconds)
+            yield replica.work(work)
             return replica
         finally:
             self.ongoing -= 1
 
-    def answer(self, replica: _Replica | None, before: float) -> Steps:
-        """An answer's first token, after so many seconds of reading; gives the event of its last one."""
+    def answer(self, replica: _Replica | None, before: Work | None = None) -> Steps:
+        """An answer's first token, after work `before` it; gives the event of its last one."""
         self.ongoing += 1
         yield from self.world.hop()
         if replica is None or replica not in self.replicas:
@@ -315,7 +351,7 @@ class _Replica:
 
     def __init__(self, world: _World):
         self.world = world
-        self._coming: list[tuple[float, simpy.Event]] = []
+        self._coming: list[tuple[Work, simpy.Event]] = []
         self._writing: list[_Writing] = []
         self._called = world.env.event()
         world.env.process(self._run())
@@ -323,10 +359,10 @@ class _Replica:
     def load(self) -> int:
         return len(self._coming) + len(self._writing)
 
-    def work(self, seconds: float) -> simpy.Event:
-        """Put work in, which alone would take so many seconds; the event happens when it is done."""
+    def work(self, work: Work) -> simpy.Event:
+        """Put work in; the event happens when it is done."""
         event = self.world.env.event()
-        self._coming.append((seconds, event))
+        self._coming.append((work, event))
         self._call()
         return event
 
@@ -349,11 +385,10 @@ class _Replica:
                 yield self._called
             reads, self._coming = self._coming[:most], self._coming[most:]
             steps = list(self._writing)
-            # What work takes alone has the fixed part in it, which a pass pays once.
-            work = [max(0.0, alone - times.apass) for alone, _ in reads]
-            most_work = max(work, default=0.0)
-            seconds = most_work + times.together * (sum(work) - most_work) + times.token_more * len(steps)
-            yield from self.world.busy(times.apass + seconds)
+            done = times.writing() * len(steps)
+            for work, _ in reads:
+                done &= work
+            yield from self.world.busy(done.seconds)
             for _, event in reads:
                 event.succeed()
             for answer in steps:

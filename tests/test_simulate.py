@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 
 from see_ray.load import arrivals
-from see_ray.simulate import Design, Times, _Replica, _World, simulate, work_s
+from see_ray.simulate import Design, Times, Work, _Replica, _World, simulate, work_s
 
-QUICK = Times(read=0.2, decide=0.1, decide_more=0.01, token=0.05, token_more=0.01, hop=0.005, start=5, node=20)
+QUICK = Times(
+    read=0.2, read_more=0.16, decide=0.1, decide_more=0.06, decide_also=0.01, token=0.05, token_more=0.01, hop=0.005,
+    start=5, node=20,
+)  # fmt: skip
 ONE = Design("shared", ("a",), tokens=1, max_wait_s=1e9)
 
 
@@ -21,21 +24,15 @@ def steady(rate: float, seconds: float, kind: str = "a") -> list:
 def test_alone_a_request_takes_the_sum_of_its_work():
     alone = steady(1, 5)[:1]
     run = simulate(alone, QUICK, replace(ONE, tokens=3), 5)
-    # A hop, reading and deciding; a hop, three tokens.
-    assert run.outcomes[0].seconds == pytest.approx(0.005 + 0.3 + 0.005 + 3 * 0.05)
+    # A hop, reading and deciding in one pass (0.04 is its own); a hop, three tokens.
+    assert run.outcomes[0].seconds == pytest.approx(0.005 + 0.26 + 0.005 + 3 * 0.05)
 
 
 def test_a_pass_pays_its_fixed_part_once():
     together = [replace(steady(1, 5)[0], at=0) for _ in range(3)]
     times = [outcome.seconds for outcome in simulate(together, QUICK, ONE, 5).outcomes]
-    # 0.04 is a pass's own: 0.26 more for each prompt and its decision, 0.01 for each answer's step.
-    assert times == pytest.approx([0.005 + 0.04 + 3 * 0.26 + 0.005 + 0.04 + 3 * 0.01] * 3)
-
-
-def test_prompts_of_one_pass_take_a_share_of_their_work():
-    together = [replace(steady(1, 5)[0], at=0) for _ in range(3)]
-    times = [outcome.seconds for outcome in simulate(together, replace(QUICK, together=0.5), ONE, 5).outcomes]
-    assert times == pytest.approx([0.005 + 0.04 + 2 * 0.26 + 0.005 + 0.04 + 3 * 0.01] * 3)
+    # 0.04 is a pass's own: 0.22 more for each prompt and its decision, 0.01 for each answer's step.
+    assert times == pytest.approx([0.005 + 0.04 + 3 * 0.22 + 0.005 + 0.04 + 3 * 0.01] * 3)
 
 
 def test_the_wait_at_a_replica_is_that_of_a_queue_with_one_server():
@@ -45,7 +42,7 @@ def test_the_wait_at_a_replica_is_that_of_a_queue_with_one_server():
 
     def one():
         came = world.env.now
-        yield replica.work(0.5)
+        yield replica.work(Work(0.0, 0.5))
         waits.append(world.env.now - came - 0.5)
 
     def all_of_them():
@@ -62,7 +59,7 @@ def test_per_expert_asks_one_after_another_and_each_reads_the_prompt():
     design = Design("per_expert", ("a", "b", "c"), tokens=1)
     (first,) = simulate(steady(1, 5, "a")[:1], QUICK, design, 5).outcomes
     (last,) = simulate(steady(1, 5, "c")[:1], QUICK, design, 5).outcomes
-    assert last.seconds - first.seconds == pytest.approx(2 * (0.005 + 0.3))
+    assert last.seconds - first.seconds == pytest.approx(2 * (0.005 + 0.26))
 
 
 def test_a_prompt_that_is_read_once_is_handed_on():
@@ -79,14 +76,14 @@ def test_lookahead_asks_several_at_once():
     design = Design("per_expert", tuple("abcd"), tokens=1)
     (one,) = simulate(steady(1, 5, "d")[:1], QUICK, design, 5).outcomes
     (four,) = simulate(steady(1, 5, "d")[:1], QUICK, replace(design, lookahead=4), 5).outcomes
-    assert one.seconds - four.seconds == pytest.approx(3 * (0.005 + 0.3))
+    assert one.seconds - four.seconds == pytest.approx(3 * (0.005 + 0.26))
 
 
 def test_overload_is_refused_and_the_served_wait_a_bounded_time():
     run = simulate(steady(20, 120), QUICK, replace(ONE, max_wait_s=10), 120)
     refused = [outcome for outcome in run.outcomes if outcome.status == 429]
     served = [outcome for outcome in run.outcomes if outcome.status == 200]
-    assert len(served) / 120 == pytest.approx(1 / (0.26 + 0.01 + 0.04 / 6), rel=0.15)  # capacity
+    assert len(served) / 120 == pytest.approx(1 / (0.22 + 0.01 + 0.04 / 6), rel=0.15)  # capacity
     assert len(refused) == len(run.outcomes) - len(served)
     assert all(outcome.seconds == 0 for outcome in refused)
     assert max(outcome.seconds for outcome in served) < 2 * 10
@@ -118,6 +115,14 @@ def test_what_else_runs_on_the_machine_takes_its_share():
     (free,) = simulate(alone, QUICK, replace(ONE, cores=2), 5).outcomes
     (busy,) = simulate(alone, replace(QUICK, idle=1.0), replace(ONE, cores=2), 5).outcomes
     assert busy.seconds == pytest.approx(2 * free.seconds)
+
+
+def test_processors_that_work_at_the_same_time_are_slower():
+    two = [replace(steady(1, 5)[0], at=0) for _ in range(2)]
+    design = replace(ONE, min_replicas=2, max_replicas=2, cores=2)
+    free = simulate(two, QUICK, design, 5).summary()
+    crowded = simulate(two, replace(QUICK, crowd=1.5), design, 5).summary()
+    assert crowded["p50_s"] == pytest.approx(1.5 * free["p50_s"], rel=0.05)
 
 
 def test_replicas_on_one_machine_wait_for_each_other():
