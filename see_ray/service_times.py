@@ -34,7 +34,10 @@ AT_ONCE = 4
 REPEATS = 5
 
 IDLE_S = 5.0
-"""Seconds for which an endpoint is watched that is asked nothing."""
+"""Seconds for which an endpoint is watched that is asked nothing; again, at most LOOKS times, until what it takes of
+the processors changes by less than STEADY of one."""
+
+LOOKS, STEADY = 12, 0.1
 
 SETTLE_S = 0.3
 """Seconds after an answer until all who took part have ended their work for it."""
@@ -189,9 +192,7 @@ def of_endpoint(url: str, texts: Sequence[str], times: Times, design: Design, *,
     """
     import httpx
 
-    before = _busy_s()
-    time.sleep(IDLE_S)
-    idle = (_busy_s() - before) / IDLE_S
+    idle = _idle()
     alone, hops = replace(times, hop=0.0), []
     with httpx.Client(base_url=url, timeout=60) as client:
         for text in texts:
@@ -208,6 +209,19 @@ def of_endpoint(url: str, texts: Sequence[str], times: Times, design: Design, *,
             computed = work_s(who, alone, its)
             hops.append((taken - computed) / (work_s(who, replace(alone, hop=1.0), its) - computed))
     return replace(times, hop=max(0.0, statistics.median(hops)), idle=idle)
+
+
+def _idle() -> float:
+    """Processors that are busy, once that no longer changes: a replica that waits for an expert may still start."""
+    before, last = _busy_s(), float("inf")
+    for _ in range(LOOKS):
+        time.sleep(IDLE_S)
+        now = _busy_s()
+        idle, before = (now - before) / IDLE_S, now
+        if abs(idle - last) < STEADY:
+            break
+        last = idle
+    return idle
 
 
 def _busy_s() -> float:

@@ -90,7 +90,7 @@ def test_an_endpoint_takes_more_of_the_processors_than_its_replicas_computing(co
     # If replicas took no time to compute, all that is seen would be the hops'; if they took for ever, nothing.
     all_hops = of_endpoint(endpoint, texts, nothing, design, tokens=4)
     assert all_hops.hop > 0.001
-    assert 0 < all_hops.idle < 0.9 * psutil.cpu_count()
+    assert 0 < all_hops.idle < psutil.cpu_count()
     assert of_endpoint(endpoint, texts, replace(nothing, decide=100.0), design, tokens=4).hop == 0
 
 
