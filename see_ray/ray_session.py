@@ -58,7 +58,7 @@ def connect() -> bool:
                 raise ConnectionError("a new Ray is asked for")
             ray.init(address="auto", **quiet)
         except ConnectionError:
-            if os.environ.get("RAY_ADDRESS", "local") != "local":
+            if os.environ.get("RAY_ADDRESS") not in (None, "", "local"):
                 raise
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
             return True
