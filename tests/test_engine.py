@@ -246,9 +246,11 @@ def test_a_decision_after_which_an_answer_follows_here_saves_its_first_pass(engi
         prompt = ids(tokenizer, f"Who was the king of spades, {follows}?")
         before = engine.figures()
 
-        async def decide_and_answer(prompt=prompt, follows=follows) -> list[int]:
+        async def decide_and_answer(prompt=prompt, follows=follows) -> None:
             await engine.decide(prompt, ["dates", "tickets"], fallback=follows)
-            return await answer(engine, prompt, "dates", 1, Draw(ignore_eos=True))
+            await answer(engine, prompt, "dates", 1, Draw(ignore_eos=True))
+            while engine.figures()["answering"]:  # else the next one would find the engine busy
+                await asyncio.sleep(0.01)
 
         asyncio.run(decide_and_answer())
         after = engine.figures()
