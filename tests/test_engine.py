@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -241,21 +242,20 @@ def test_prompts_that_begin_alike_are_read_once(engine, tokenizer):
 
 def test_a_decision_after_which_an_answer_follows_here_saves_its_first_pass(engine, tokenizer):
     """All who are asked also read their indicators then, which takes tokens but no pass."""
-    counts = {}
-    for follows in (False, True):
-        prompt = ids(tokenizer, f"Who was the king of spades, {follows}?")
+    counts: dict[bool, list[int]] = {False: [], True: []}
+
+    async def decide_and_answer(prompt, follows) -> None:
+        await engine.decide(prompt, ["dates", "tickets"], fallback=follows)
+        await answer(engine, prompt, "dates", 1, Draw(ignore_eos=True))
+        while engine.figures()["answering"]:  # else the next one would find the engine busy
+            await asyncio.sleep(0.01)
+
+    for number, follows in itertools.product(range(5), (False, True)):
         before = engine.figures()
-
-        async def decide_and_answer(prompt=prompt, follows=follows) -> None:
-            await engine.decide(prompt, ["dates", "tickets"], fallback=follows)
-            await answer(engine, prompt, "dates", 1, Draw(ignore_eos=True))
-            while engine.figures()["answering"]:  # else the next one would find the engine busy
-                await asyncio.sleep(0.01)
-
-        asyncio.run(decide_and_answer())
-        after = engine.figures()
-        counts[follows] = after["passes"] - before["passes"]
-    assert counts[False] == counts[True] + 1
+        asyncio.run(decide_and_answer(ids(tokenizer, f"Who was the king of spades, {follows}, {number}?"), follows))
+        counts[follows].append(engine.figures()["passes"] - before["passes"])
+    # An answer that is over takes part in one more pass if that begins before its reader has noticed.
+    assert min(counts[False]) == min(counts[True]) + 1
 
 
 def test_an_answer_for_which_there_is_no_room_waits(engine, tokenizer, monkeypatch):
