@@ -154,7 +154,8 @@ def _others_at_work(config: Config, prompt: list[int], count: int) -> Iterator[N
         for other in others:
             other.start()
         for _ in others:
-            begun.acquire(timeout=120)
+            if not begun.acquire(timeout=120):
+                raise ServingError("a process that was to compute beside this one did not begin; its output says why")
         yield
     finally:
         for other in others:
