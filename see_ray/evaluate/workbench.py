@@ -85,12 +85,13 @@ class Workbench:
     Args:
         plan: the comparison.
         seed: draws rows and seeds fits.
-        folder: of the comparison.
+        folder: where fits and answers are kept.
     """
 
     def __init__(self, plan: Plan, seed: int, folder: Path):
-        self.seed, self.folder = seed, folder
-        self.config = plan.config(seed)
+        self.seed, self.config = seed, plan.config(seed)
+        # Names below are of fits and prompts; what the base model is loaded as is in no name but this one.
+        self.folder = folder / digest(self.config.base_model.model_dump(mode="json"))
         self.base, self.tokenizer, self.model, self.engine = _models(self.config.base_model)
         self.data: Data = read(plan, seed)
         self.tasks: tuple[Task, ...] = self.data.tasks
