@@ -12,7 +12,7 @@ from see_ray.chain import GENERALIST, Link, walk
 from see_ray.engine.embedded import EmbeddedEngine
 from see_ray.errors import ConfigError, TaskError
 from see_ray.evaluate.live import Wish, evaluate, report, rows_of
-from see_ray.evaluate.scores import mean_scores
+from see_ray.evaluate.scores import each_score, mean_scores
 from see_ray.learn import Listener
 from see_ray.store import ExpertStore
 
@@ -61,7 +61,7 @@ async def test_every_row_of_r_is_that_of_asking_one_after_another(found, engine,
         asked = [(name, row) for name in result.tasks for row in tasks[name].test[:ROWS]]
         answers = [await answered(engine, tokenizer, row["prompt"], newest_first) for _, row in asked]
         wanted = mean_scores(
-            (name, text, row["response"]) for (name, row), (_, text) in zip(asked, answers, strict=True)
+            each_score((name, text, row["response"]) for (name, row), (_, text) in zip(asked, answers, strict=True))
         )
         assert scores == wanted
     assert [who for _, _, who in result.routes][: len(answers)] == [who for who, _ in answers]

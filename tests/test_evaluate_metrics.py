@@ -7,7 +7,7 @@ import random
 import pytest
 from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
 
-from see_ray.evaluate.metrics import ar_over_time, confusion, continual, mean_and_spread, roc, share_right
+from see_ray.evaluate.metrics import ar_over_time, bootstrap, confusion, continual, mean_and_spread, roc, share_right
 
 R = [
     [0.1, 0.2, 0.3],  # nothing learned
@@ -88,3 +88,20 @@ def test_a_roc_curve_needs_both_sides():
 def test_one_seed_has_no_spread_and_two_have_the_sample_deviation():
     assert mean_and_spread([0.5]) == (0.5, None)
     assert mean_and_spread([0.4, 0.6]) == (pytest.approx(0.5), pytest.approx(0.1414, abs=1e-4))
+
+
+def test_the_bootstrap_interval_is_the_normal_one_for_many_queries():
+    draw = random.Random(0)
+    by_task = [[draw.gauss(mean, spread) for _ in range(400)] for mean, spread in ((0.2, 0.1), (0.4, 0.3))]
+    found = bootstrap(by_task)
+    assert found.mean == pytest.approx(sum(sum(task) / 400 for task in by_task) / 2)
+    half = 1.96 * (0.1**2 / 400 + 0.3**2 / 400) ** 0.5 / 2  # of the mean of two means
+    assert (found.low, found.high) == (
+        pytest.approx(found.mean - half, abs=half / 5),
+        pytest.approx(found.mean + half, abs=half / 5),
+    )
+
+
+def test_the_bootstrap_draws_each_task_by_itself():
+    found = bootstrap([[0.0] * 10, [1.0] * 30])  # queries of a task agree, so there is nothing to chance
+    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)

@@ -84,3 +84,24 @@ def test_methods_that_route_nothing_need_no_routing_pictures(tmp_path):
     text = write_report(summary([result("sequential", 0, 0.4)]), {}, tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"matrix.png", "ar.png", "cost.png"}
     assert "## Routing" not in text
+
+
+def each(*sa: float) -> dict[str, dict[str, list[float]]]:
+    return {"sa": {"accuracy": list(sa)}, "pe": {"rouge_l": [0.5] * len(sa)}}
+
+
+def test_a_method_is_held_against_see_on_the_same_queries_and_seeds(tmp_path):
+    results = [
+        result("see", 0, 0.9, **ROUTED, each=each(1, 0, 1, 1)),
+        result("see", 1, 0.9, **ROUTED, each=each(1, 1, 1, 1)),
+    ]
+    results.append(result("sequential", 0, 0.4, each=each(0, 0, 0, 1)))
+    found = summary(results)
+    behind = found["methods"]["sequential"]["behind_see"]
+    assert behind["mean"] == pytest.approx((2 / 4) / 2)  # of two tasks, one alike; seed 1 has nothing beside it
+    assert behind["low"] == pytest.approx(0.0)
+    assert behind["high"] == pytest.approx(0.5)
+    assert "behind_see" not in found["methods"]["see"]
+    text = write_report(found, {}, tmp_path)
+    assert "| sequential | 1 | 50.0 | -50.0 | 0.0 | +25.0 (+0.0 to +50.0) |" in text
+    assert "| see | 2 | 75.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 | – |" in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from see_ray.demo_tasks import demo_tasks
-from see_ray.evaluate.scores import KINDS, kind_of, mean_scores, scores
+from see_ray.evaluate.scores import KINDS, each_score, kind_of, mean_scores, scores
 
 
 def test_a_right_answer_has_the_full_score_in_every_kind():
@@ -56,5 +56,7 @@ def test_the_demo_tasks_are_scored_by_their_one_right_answer():
 
 
 def test_means_are_by_task():
-    found = mean_scores([("a", "x", "x"), ("a", "x", "y"), ("b", "y", "y")])
+    each = each_score([("a", "x", "x"), ("a", "x", "y"), ("b", "y", "y")])
+    assert (each["a"]["accuracy"], each["b"]["accuracy"]) == ([1.0, 0.0], [1.0])
+    found = mean_scores(each)
     assert (found["a"]["accuracy"], found["b"]["accuracy"]) == (0.5, 1.0)

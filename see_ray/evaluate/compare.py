@@ -26,8 +26,8 @@ from see_ray.errors import ConfigError, SeeError
 from see_ray.evaluate.asking import write_json
 from see_ray.evaluate.methods import METHODS, Step, generalist
 from see_ray.evaluate.plan import Plan, keep, read
-from see_ray.evaluate.results import Result, Scores
-from see_ray.evaluate.scores import mean_scores
+from see_ray.evaluate.results import EachScore, Result
+from see_ray.evaluate.scores import each_score, mean_scores
 from see_ray.evaluate.workbench import Workbench, set_threads
 from see_ray.learn import Listener
 from see_ray.ray_session import as_fit_worker, result_of
@@ -144,22 +144,23 @@ def run_part(plan: Plan, folder: Path, shared: Path, seed: int, method: str, ste
     before = _path(folder, seed, method, step - 1)
     state = json.loads(before.read_text(encoding="utf-8"))["state"] if before.is_file() else {}
     made = METHODS[method](bench, step - 1, state) if step else generalist(bench, 0, {})
-    write_json(path, asdict(made) | {"scores": _scores(bench, made)})
+    each = _scores(bench, made)
+    write_json(path, asdict(made) | {"scores": mean_scores(each), "each": each})
 
 
 _bench = functools.lru_cache(maxsize=1)(Workbench)
 """What a process keeps from one part to the next."""
 
 
-def _scores(bench: Workbench, made: Step) -> Scores:
-    """Mean scores on each task's test queries, as this step's answerers answer them."""
+def _scores(bench: Workbench, made: Step) -> EachScore:
+    """Scores of each task's test queries, as this step's answerers answer them."""
     own = [number for number, query in enumerate(bench.queries) if query.owner is not None]
     texts: dict[int, str] = {}
     for key in dict.fromkeys(made.answerers[number] for number in own):
         mine = [number for number in own if made.answerers[number] == key]
         fit = None if key is None else bench.found(key)
         texts |= zip(mine, bench.answers([bench.queries[number].prompt for number in mine], fit), strict=True)
-    return mean_scores((bench.queries[n].source, texts[n], bench.queries[n].reference) for n in own)
+    return each_score((bench.queries[n].source, texts[n], bench.queries[n].reference) for n in own)
 
 
 def collected(plan: Plan, folder: Path, seed: int, method: str) -> Result:
@@ -188,6 +189,7 @@ def collected(plan: Plan, folder: Path, seed: int, method: str) -> Result:
         decisions=last["decisions"],
         thresholds=last["thresholds"],
         set_aside={task: why for task, why in last["state"].get("failed", {}).items() if why},
+        each=last["each"],
         rows=[part["rows"] for part in parts[1:]],
         seconds=[part["seconds"] for part in parts[1:]],
     )

@@ -29,7 +29,7 @@ from see_ray.evaluate.plan import GENERAL_QUESTIONS, read_rows
 from see_ray.evaluate.report import write_report
 from see_ray.evaluate.results import Result, summary
 from see_ray.evaluate.routes import answered_by, margin
-from see_ray.evaluate.scores import KINDS, kind_of, mean_scores
+from see_ray.evaluate.scores import KINDS, each_score, kind_of, mean_scores
 from see_ray.evaluate.workbench import Query, set_threads
 from see_ray.learn import Listener
 from see_ray.ray_session import as_fit_worker, result_of
@@ -125,7 +125,8 @@ def evaluate(wish: Wish, config: Config, folder: Path, listener: Listener) -> Re
         tasks=tasks,
         kinds={task: kinds[task] for task in tasks},
         scores=[
-            mean_scores((queries[n].source, text_of[row[n], n], queries[n].reference) for n in own) for row in answerers
+            mean_scores(each_score((queries[n].source, text_of[row[n], n], queries[n].reference) for n in own))
+            for row in answerers
         ],
         routes=[
             (query.owner or GENERALIST, query.source, names[who])

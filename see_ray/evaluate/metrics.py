@@ -14,6 +14,7 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Matrix = Sequence[Sequence[float]]
 
@@ -83,6 +84,33 @@ def roc(own: Sequence[float], foreign: Sequence[float]) -> Roc:
     steps = range(1, len(marks) + 1)
     area = sum((false[i] - false[i - 1]) * (true[i] + true[i - 1]) / 2 for i in steps)  # trapezoids: ties count half
     return Roc(area, false, true)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, and where 95 % of the means lie that other samples of the same queries would have."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(by_task: Sequence[Sequence[float]]) -> Interval:
+    """Mean over tasks of the mean over queries, with its percentile bootstrap: each task's queries are drawn anew.
+
+    Args:
+        by_task: one number for each query, such as by how much one method's score is above another's; at least
+            two of each task, since one query says nothing about others.
+    """
+    import numpy
+    from scipy.stats import bootstrap as drawn_anew
+
+    def mean(*tasks: Any, axis: int = -1) -> Any:
+        return numpy.mean([task.mean(axis=axis) for task in tasks], axis=0)
+
+    samples = [numpy.asarray(task, dtype=float) for task in by_task]
+    found = drawn_anew(samples, mean, method="percentile", rng=0).confidence_interval
+    return Interval(float(mean(*samples)), float(found.low), float(found.high))
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:

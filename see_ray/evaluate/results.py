@@ -11,10 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from see_ray.chain import GENERALIST
-from see_ray.evaluate.metrics import ar_over_time, confusion, continual, mean_and_spread, roc, share_right
+from see_ray.evaluate.metrics import ar_over_time, bootstrap, confusion, continual, mean_and_spread, roc, share_right
 
 Scores = dict[str, dict[str, float]]
 """Mean score by task and kind."""
+EachScore = dict[str, dict[str, list[float]]]
+"""Score of each test query, in their order, by task and kind."""
+
+REFERENCE = "see"
+"""The method that all others are held against."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Result:
         margins: of each of these, above 0 if some expert accepts; None if there are no decisions.
         decisions: P(accept) of each of these by expert.
         thresholds: of each expert.
+        each: the scores after the last task, query by query; empty if only their means are known.
         set_aside: why the gate kept an expert out, by task.
         rows: examples fitted on for each task.
         seconds: that learning each task took.
@@ -45,6 +51,7 @@ class Result:
     margins: list[float] | None = None
     decisions: dict[str, list[float]] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=dict)
+    each: EachScore = field(default_factory=dict)
     set_aside: dict[str, list[str]] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -123,8 +130,30 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
                 }
                 for expert, every in first.decisions.items()
             }
+        if name != REFERENCE and (behind := _behind(results, name)):
+            body["behind_see"] = behind
         methods[name] = body
     return {"tasks": list(results[0].tasks), "kinds": results[0].kinds, "methods": methods}
+
+
+def _behind(results: Sequence[Result], method: str) -> dict[str, float] | None:
+    """How far a method's AR lies behind SEE's over the seeds that both have, and between what it may lie by chance."""
+    see = {result.seed: result for result in results if result.method == REFERENCE and result.each}
+    pairs = [(see[result.seed], result) for result in results if result.method == method and result.seed in see]
+    pairs = [(one, other) for one, other in pairs if other.each]
+    if not pairs:
+        return None
+    by_task = []
+    for task, kind in pairs[0][0].kinds.items():
+        by_seed = [
+            [high - low for high, low in zip(one.each[task][kind], other.each[task][kind], strict=True)]
+            for one, other in pairs
+        ]
+        by_task.append([sum(same) / len(same) for same in zip(*by_seed, strict=True)])
+    if any(len(task) < 2 for task in by_task):
+        return None
+    found = bootstrap(by_task)
+    return {"mean": found.mean, "low": found.low, "high": found.high}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:

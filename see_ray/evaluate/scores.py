@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 KINDS = ("accuracy", "exact_match", "token_f1", "rouge_l")
@@ -54,14 +54,19 @@ def scores(answer: str, reference: str) -> dict[str, float]:
     }
 
 
-def mean_scores(answered: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, float]]:
-    """Mean scores by task and kind, of (task, answer, reference)."""
-    found: dict[str, list[dict[str, float]]] = {}
+def each_score(answered: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, list[float]]]:
+    """The scores of (task, answer, reference) by task and kind, in the order given."""
+    found: dict[str, dict[str, list[float]]] = {}
     for task, answer, reference in answered:
-        found.setdefault(task, []).append(scores(answer, reference))
-    return {
-        task: {kind: sum(each[kind] for each in every) / len(every) for kind in KINDS} for task, every in found.items()
-    }
+        lists = found.setdefault(task, {kind: [] for kind in KINDS})
+        for kind, score in scores(answer, reference).items():
+            lists[kind].append(score)
+    return found
+
+
+def mean_scores(each: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:
+    """Means of `each_score`."""
+    return {task: {kind: sum(some) / len(some) for kind, some in kinds.items()} for task, kinds in each.items()}
 
 
 @functools.cache

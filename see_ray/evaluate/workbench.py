@@ -33,8 +33,9 @@ from see_ray.task import Row, Task
 if TYPE_CHECKING:
     from see_ray.engine.interface import Expert
 
-KEPT_PREFIX_TOKENS = 16384
-"""Tokens of prompts whose keys and values the engine keeps from one adapter's answers to the next one's."""
+KEPT_PREFIX_GB = 2.0
+"""For keys and values of prompts, kept from one adapter's answers to the next one's: every test query is asked anew
+after each task, and reading it takes longer than a short answer to it."""
 
 
 @dataclass(frozen=True)
@@ -209,10 +210,12 @@ def _models(config: BaseModelConfig) -> tuple[BaseModel, Any, Any, Any]:
     import torch
 
     from see_ray.engine.embedded import EmbeddedEngine
+    from see_ray.fit_step import bytes_per_token
 
     base = find(config)
     model = load_model(base, config, "cuda" if torch.cuda.is_available() else "cpu")
-    engine = EmbeddedEngine(base, config, prefix_tokens=KEPT_PREFIX_TOKENS)
+    kept = int(KEPT_PREFIX_GB * 1e9 / bytes_per_token(model, model.dtype))
+    engine = EmbeddedEngine(base, config, prefix_tokens=kept)
     return base, load_tokenizer(base), model, engine
 
 
