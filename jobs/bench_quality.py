@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
                    "reconstruct.mixed_negatives=8"],
     },
     "long": {
-        "tasks": ORDERS["order10"].replace(" ", ","), "rows": 64, "eval_rows": 24, "test_rows": 12,
+        "tasks": ORDERS["order10"].replace(" ", ","), "rows": 64, "eval_rows": 24, "test_rows": 24,
         "max_tokens": 64, "seeds": "0",
         "config": ["fit.train_batch_size=8", "fit.num_train_epochs=2", "reconstruct.general_negatives=32",
                    "reconstruct.mixed_negatives=16"],

@@ -115,7 +115,7 @@ def learned_router(bench: Workbench, arriving: int, state: dict[str, Any]) -> St
 def nearest_router(bench: Workbench, arriving: int, state: dict[str, Any]) -> Step:
     def vectors(chats: Sequence[Any]) -> Any:
         rows = [Row(tuple((turn["role"], turn["content"]) for turn in chat), "", "") for chat in chats]
-        return classifiers.hidden_states(bench.engine.model, [example.prompt for example in bench.accept(rows)])
+        return bench.hidden_states([example.prompt for example in bench.accept(rows)])
 
     return _routed(bench, arriving, vectors, classifiers.nearest)
 

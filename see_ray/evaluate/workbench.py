@@ -21,6 +21,7 @@ from see_ray.activation import Activation, activation_of, encode_prompt
 from see_ray.base_model import BaseModel, find, load_model, load_tokenizer
 from see_ray.chain import GENERALIST
 from see_ray.config import BaseModelConfig, FitConfig
+from see_ray.evaluate import classifiers
 from see_ray.evaluate.asking import Asker, digest, remembered, write_json
 from see_ray.evaluate.plan import Data, Plan, read
 from see_ray.fit import CHANGES_NOTHING
@@ -31,6 +32,8 @@ from see_ray.reconstruct import Example
 from see_ray.task import Row, Task
 
 if TYPE_CHECKING:
+    import numpy
+
     from see_ray.engine.interface import Expert
 
 KEPT_PREFIX_GB = 2.0
@@ -98,6 +101,7 @@ class Workbench:
         self.tasks: tuple[Task, ...] = self.data.tasks
         self.asker = Asker(self.engine, self.tokenizer)
         self._max_tokens = plan.max_tokens
+        self._hidden: dict[tuple[int, ...], numpy.ndarray] = {}
         own = [(name, name, row.messages, row.response) for name, rows in self.data.tests.items() for row in rows]
         foreign = [(None, source, chat, "") for source, chats in self.data.foreign.items() for chat in chats]
         self.queries = [
@@ -190,6 +194,14 @@ class Workbench:
             [query.prompt for query in self.queries],
             lambda missing: self.asker.decisions(missing, self._expert(fit)),
         )
+
+    def hidden_states(self, prompts: Sequence[tuple[int, ...]]) -> numpy.ndarray:
+        """The base model's hidden state at each prompt's end [prompts, hidden size]; each is read once a process."""
+        import numpy
+
+        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._hidden]:
+            self._hidden |= zip(missing, classifiers.hidden_states(self.engine.model, missing), strict=True)
+        return numpy.stack([self._hidden[prompt] for prompt in prompts])
 
     def _expert(self, fit: Fit) -> Expert:
         from see_ray.engine.interface import Expert
