@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
 """Handed on to the workers of a Ray that starts here; a cluster sets it for its nodes."""
+
+CONNECT_S = 10
+"""How long the port of a cluster may take to accept a connection."""
 
 
 def disconnect() -> None:
@@ -51,6 +55,7 @@ def connect() -> bool:
 
     if ray.is_initialized():
         return False
+    _check_listens(os.environ.get("RAY_ADDRESS", ""))
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         try:
@@ -62,10 +67,25 @@ def connect() -> bool:
                 raise
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
             return True
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises a bare one where a node does not start in time
         where = os.environ.get("RAY_ADDRESS") or "this machine"
-        raise ServingError(f"cannot connect to Ray on {where}: {str(error).splitlines()[0]}") from error
+        said, _, _ = str(error).partition("\n")
+        raise ServingError(f"cannot connect to Ray on {where}: {said}") from error
     return False
+
+
+def _check_listens(address: str) -> None:
+    """Refuse an address where nothing listens: Ray would look for minutes before it says so."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # none, `auto`, `local`, or a service with an address form of its own
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ServingError(
+            f"cannot connect to Ray on {address}: {error}; start it (`ray start --head`), or unset RAY_ADDRESS "
+            "to use a Ray on this machine"
+        ) from error
 
 
 def check_submitted(config: Config) -> None:

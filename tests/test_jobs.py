@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -39,6 +41,18 @@ def test_a_submitted_job_refuses_a_store_that_would_be_lost(job, arguments):
     assert done.returncode == 1
     assert done.stderr.startswith("error: store.url is ./experts")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
+    """Ray itself looks for five minutes; `run` waits for two."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    task = tmp_path / "tickets.jsonl"
+    task.write_text("".join(json.dumps({"prompt": f"{n}?", "response": "yes"}) + "\n" for n in range(40)))
+    done = run("learn", str(task), "--store", str(tmp_path / "experts"), RAY_ADDRESS=address)
+    assert done.returncode == 1
+    assert f"cannot connect to Ray on {address}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_only_what_jobs_need_is_uploaded(tmp_path):
