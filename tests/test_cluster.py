@@ -278,7 +278,8 @@ def test_serve_deploys_the_config_and_it_answers(serve_config, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    refused, answered = json.loads(done.stdout.splitlines()[-1])
+    said = [line for line in done.stdout.splitlines() if line.startswith("[[")]  # Ray prints there, too
+    refused, answered = json.loads(said[-1])
     assert refused[0] == 401
     assert answered[0] == 200
     assert answered[1]["see"]["answered_by"] == "generalist"
