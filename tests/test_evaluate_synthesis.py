@@ -24,7 +24,7 @@ def test_the_instruction_is_what_all_begin_with_up_to_a_lines_end():
 
 @pytest.mark.skipif(
     importlib.util.find_spec(classifiers.EMBEDDING_PACKAGE) is None,
-    reason="the embedding model is installed by make bench-quality",
+    reason="the embedding model is installed by make embeddings",
 )
 def test_the_instruction_is_shown_once_and_copied_to_what_is_written():
     asked: list[str] = []
