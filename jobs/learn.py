@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from see_ray.cli import base_model_option, configured, run
+from see_ray.cli.main import base_model_option, configured, run
 
 if TYPE_CHECKING:
     from see_ray.config import Config
@@ -26,20 +26,21 @@ if TYPE_CHECKING:
 @base_model_option
 def main(config: Config, sources: tuple[str, ...], max_rows: int | None) -> None:
     """Fit an expert on each SOURCE, in order, and make it live. See `see learn --help`."""
-    from see_ray import ray_session, terminal
+    from see_ray import cluster
+    from see_ray.cli import render
     from see_ray.errors import LiveError
-    from see_ray.learn import Source, learn
+    from see_ray.pipeline import Source, learn
 
-    ray_session.check_submitted(config)
-    with terminal.TerminalListener() as listener:
-        ray_session.connect()
+    cluster.check_submitted(config)
+    with render.TerminalListener() as listener:
+        cluster.connect()
         for source in sources:
             try:
                 learned = learn(Source(source, max_rows=max_rows), config, listener=listener)
             except LiveError as error:
                 listener.note(f"passed over {source}: {error}")
             else:
-                click.echo(terminal.learned_text(learned))
+                click.echo(render.learned_text(learned))
 
 
 if __name__ == "__main__":

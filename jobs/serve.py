@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from see_ray.cli import base_model_option, configured, run
+from see_ray.cli.main import base_model_option, configured, run
 
 if TYPE_CHECKING:
     from see_ray.config import Config
@@ -29,17 +29,19 @@ if TYPE_CHECKING:
 @base_model_option
 def main(config: Config, stopping: bool) -> None:
     """Serve the live experts behind one OpenAI-compatible endpoint."""
-    from see_ray import ray_session, serving, terminal
+    from see_ray import cluster
+    from see_ray.cli import render
+    from see_ray.serving import endpoint
 
-    ray_session.check_submitted(config)
-    with terminal.TerminalListener() as listener:
-        ray_session.connect()
+    cluster.check_submitted(config)
+    with render.TerminalListener() as listener:
+        cluster.connect()
         if stopping:
-            return serving.stop()
+            return endpoint.stop()
         listener.step("Starting the endpoint, unless it runs")
-        if not serving.running():
-            serving.start(config)
-    live = serving.live()
+        if not endpoint.running():
+            endpoint.start(config)
+    live = endpoint.live()
     names = [f"{expert.name}@{expert.version}" for expert in live.experts]
     click.echo(f"sequence version {live.version}; experts, in the order asked: {', '.join(names) or 'none yet'}")
     if live.failed:

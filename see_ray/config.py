@@ -7,8 +7,9 @@ that produced an expert is saved beside it (``config.yaml``) exactly as it was u
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,7 +18,27 @@ from see_ray.errors import ConfigError
 
 
 class Section(BaseModel):
+    """One section: frozen, unknown keys refused, old names of settings read with a warning."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    renamed: ClassVar[dict[str, str]] = {}
+    """Old name -> name now, for settings that had another name in 0.1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_names(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for old, new in cls.renamed.items():
+            if old not in data:
+                continue
+            if new in data:
+                raise ValueError(f"{old} is the old name of {new}; both are set, remove {old}")
+            warnings.warn(f"the setting {old} is now called {new}; {old} is read until version 0.3", FutureWarning, 2)
+            data[new] = data.pop(old)
+        return data
 
 
 class BaseModelConfig(Section):
@@ -47,6 +68,8 @@ class BaseModelConfig(Section):
 
 class FitConfig(Section):
     """Fitting one expert; names as in transformers and peft."""
+
+    renamed = {"pass_tokens": "max_tokens_per_micro_batch"}
 
     form: Literal["activated", "full"] = "activated"
     """`activated`: the adapter applies from the generation prompt on; `full`: everywhere."""
@@ -130,9 +153,9 @@ class FitConfig(Section):
     max_length: int | None = Field(default=None, ge=16)
     """Longest row in tokens, prompt and response; the base model's context where unset."""
 
-    pass_tokens: int = Field(default=16384, ge=1)
-    """Most tokens behind the activation point in one forward and backward pass of a worker; a larger share of
-    a step is read in several passes. One row is never cut."""
+    max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
+    """Most tokens behind the activation point in one micro-batch (forward and backward) of a worker; a larger
+    part of a batch is split into several, whose gradients are accumulated. One row is never split."""
 
     checkpoint_every_s: float = Field(default=120, gt=0)
     """Seconds between checkpoints, from which a killed fit goes on."""
@@ -236,6 +259,12 @@ class StoreConfig(Section):
 class ServeConfig(Section):
     """The live endpoint."""
 
+    renamed = {
+        "pass_tokens": "max_num_batched_tokens",
+        "look_back_s": "look_back_period_s",
+        "traced_share": "trace_sample_rate",
+    }
+
     host: str = "127.0.0.1"
     """Address to bind. Anything but loopback needs an API key, or `no_auth`."""
 
@@ -308,7 +337,7 @@ class ServeConfig(Section):
     target_ongoing_requests: float = Field(default=4, gt=0)
     """Ongoing requests per replica that autoscaling aims at."""
 
-    look_back_s: float = Field(default=30, gt=0)
+    look_back_period_s: float = Field(default=30, gt=0)
     """Seconds over which ongoing requests are averaged for that."""
 
     upscale_delay_s: float = Field(default=30, ge=0)
@@ -320,7 +349,7 @@ class ServeConfig(Section):
     log_encoding: Literal["TEXT", "JSON"] = "TEXT"
     """Form of the log lines of ingress and replicas; each has the request's id in both forms."""
 
-    traced_share: float = Field(default=0, ge=0, le=1)
+    trace_sample_rate: float = Field(default=0, ge=0, le=1)
     """Share of the requests of which OpenTelemetry spans are exported, at every hop: to
     `$OTEL_EXPORTER_OTLP_ENDPOINT`, or into files beside Serve's logs."""
 
@@ -341,9 +370,9 @@ class ServeConfig(Section):
     """Gigabytes of a replica for keys and values of answers in progress; an answer for which there is no room
     waits. Taken from the system only as far as it is used."""
 
-    pass_tokens: int = Field(default=512, ge=32)
-    """Most tokens that a replica reads and writes in one forward pass. A longer prompt is read in several, so
-    that answers in progress do not stand still for long."""
+    max_num_batched_tokens: int = Field(default=512, ge=32)
+    """Most tokens that a replica prefills and decodes in one step of its scheduler (as in vLLM). A longer prompt is
+    prefilled in chunks, so that answers in progress do not stall."""
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> ServeConfig:

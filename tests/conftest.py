@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from see_ray.demo_tasks import DemoTask, demo_tasks, general_questions
+from see_ray.data.demo_tasks import DemoTask, demo_tasks, general_questions
 
 SETTINGS = [
     "base_model.dtype=float32",
@@ -31,7 +31,7 @@ SETTINGS = [
     "fit.num_train_epochs=2",
     "fit.train_batch_size=4",
     "serve.max_wait_s=5",
-    "serve.traced_share=1",
+    "serve.trace_sample_rate=1",
     "fit.cpus_per_worker=0.5",  # two workers fit beside the endpoint on two cores
 ]
 if os.environ.get("SEE_TEST_ENGINE") == "vllm":
@@ -75,11 +75,11 @@ def config(tmp_path_factory: pytest.TempPathFactory, general_file: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[None]:
-    from see_ray import ray_session
+    from see_ray import cluster
 
-    ray_session.connect()
+    cluster.connect()
     yield
-    ray_session.disconnect()
+    cluster.disconnect()
 
 
 @pytest.fixture(scope="session")
@@ -110,8 +110,8 @@ def experts(config: Any, ray_here: None, tasks: dict[str, DemoTask], task_file: 
 
     With $SEE_TEST_EXPERTS, a folder, they are kept there and not fitted again in the next run: for working on
     what only serves them."""
-    from see_ray.learn import Source, learn
-    from see_ray.store import ExpertStore
+    from see_ray.pipeline import Source, learn
+    from see_ray.store.expert_store import ExpertStore
 
     kept = Path(os.environ.get("SEE_TEST_EXPERTS", ""))
     if kept.name and kept.is_dir():
@@ -130,22 +130,22 @@ def experts(config: Any, ray_here: None, tasks: dict[str, DemoTask], task_file: 
 @pytest.fixture(scope="session")
 def endpoint(config: Any, experts: Fitted) -> Iterator[str]:
     """URL of a live endpoint with the experts tickets and dates."""
-    from see_ray import serving
+    from see_ray.serving import endpoint
 
-    yield serving.start(config)
-    serving.stop()
+    yield endpoint.start(config)
+    endpoint.stop()
 
 
 @pytest.fixture(scope="session")
 def base(config: Any) -> Any:
-    from see_ray.base_model import find
+    from see_ray.models.base_model import find
 
     return find(config.base_model)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(base: Any) -> Any:
-    from see_ray.base_model import load_tokenizer
+    from see_ray.models.base_model import load_tokenizer
 
     return load_tokenizer(base)
 
@@ -153,10 +153,10 @@ def tokenizer(base: Any) -> Any:
 @pytest.fixture(scope="session")
 def engine(config: Any, base: Any, experts: Fitted) -> Any:
     """An engine in this process with all three experts."""
-    from see_ray.engine.embedded import EmbeddedEngine
+    from see_ray.engine.engine import EmbeddedEngine
     from see_ray.engine.interface import Expert
-    from see_ray.replica import activation_of_manifest
-    from see_ray.store import ExpertStore
+    from see_ray.serving.replica import activation_of_manifest
+    from see_ray.store.expert_store import ExpertStore
 
     engine = EmbeddedEngine(base, config.base_model)
     store = ExpertStore.open(config.store.url)

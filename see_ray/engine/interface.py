@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from see_ray.activation import Activation
+from see_ray.models.activation import Activation
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Expert:
 
 
 @dataclass(frozen=True)
-class Draw:
+class SamplingParams:
     """How the next token is chosen.
 
     Attributes:
@@ -52,6 +52,14 @@ class Token(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class TokenText(NamedTuple):
+    """A token as text, and its bytes, which need not be whole characters."""
+
+    text: str
+    bytes: bytes
+    logprob: float
+
+
 class Engine(Protocol):
     """A base model with experts beside it. Prompts are token ids up to and including the generation prompt."""
 
@@ -67,7 +75,7 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, prompt: Sequence[int], expert: str | None, max_tokens: int, draw: Draw | None = None
+        self, prompt: Sequence[int], expert: str | None, max_tokens: int, draw: SamplingParams | None = None
     ) -> AsyncIterator[Token]:
         """The tokens of an answer, one by one, of an expert or of the generalist (None)."""
         ...

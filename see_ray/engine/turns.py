@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from see_ray.engine.answers import Answer, Loaded
-from see_ray.engine.passes import Branch, Read
-from see_ray.engine.prompts import Prompt
+from see_ray.engine.forward_batch import DecisionRows, PrefillChunk
+from see_ray.engine.prefix_cache import Prompt
+from see_ray.engine.requests import GenerationRequest, Loaded
 from see_ray.errors import ServingError
 
 
@@ -20,7 +20,7 @@ def left_error(one: Loaded | None) -> ServingError:
 
 
 @dataclass(eq=False)
-class Ask:
+class PrefillRequest:
     """Somebody is to go on from a prompt.
 
     Attributes:
@@ -39,13 +39,13 @@ class Ask:
 
 
 @dataclass(eq=False)
-class Turn:
+class ScheduledBatch:
     """One pass: answers to begin before it, answers to go on with, prompts to read, and what came of them."""
 
-    begun: list[Answer]
-    answers: list[Answer]
-    reads: list[Read] = field(default_factory=list)
-    asks: list[Ask] = field(default_factory=list)
-    rows: list[tuple[Prompt, Branch, list[Loaded | None], bool]] = field(default_factory=list)
+    begun: list[GenerationRequest]
+    answers: list[GenerationRequest]
+    reads: list[PrefillChunk] = field(default_factory=list)
+    asks: list[PrefillRequest] = field(default_factory=list)
+    rows: list[tuple[Prompt, DecisionRows, list[Loaded | None], bool]] = field(default_factory=list)
     decisions: list[list[float]] = field(default_factory=list)
     gone: list[Loaded] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from see_ray.chain import GENERALIST
+from see_ray.routing.chain import GENERALIST
 
 ORACLE_WITHIN = 0.01
 LEAST_BWT = -0.005

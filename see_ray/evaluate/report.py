@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from see_ray.chain import GENERALIST
-from see_ray.evaluate import pictures
-from see_ray.evaluate.asking import write_json
+from see_ray.evaluate import plots
+from see_ray.evaluate.batch_inference import write_json
 from see_ray.evaluate.claims import claims
+from see_ray.routing.chain import GENERALIST
 
 PICTURES = {
     "matrix.png": "R of each method: a row for each task learned, a column for each task asked",
@@ -31,7 +31,7 @@ def write_report(summary: dict[str, Any], about: dict[str, Any], folder: Path) -
         folder: made if absent.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = pictures.draw(summary, folder)
+    drawn = plots.draw(summary, folder)
     text = markdown(summary, about, drawn)
     write_json(folder / "report.json", {"about": about, **summary})
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -126,7 +126,7 @@ def _matrix(matrix: Sequence[Sequence[float]], tasks: Sequence[str]) -> str:
 
 
 def _confusion(counts: dict[str, dict[str, int]]) -> str:
-    owners, answerers = pictures.classes(counts)
+    owners, answerers = plots.classes(counts)
     rows = [[owner, *(str(counts[owner].get(who, 0)) for who in answerers)] for owner in owners]
     return _table(["query of", *answerers], rows)
 

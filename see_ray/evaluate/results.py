@@ -10,8 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from see_ray.chain import GENERALIST
-from see_ray.evaluate.metrics import ar_over_time, bootstrap, confusion, continual, mean_and_spread, roc, share_right
+from see_ray.evaluate.continual_metrics import (
+    ar_over_time,
+    bootstrap,
+    confusion,
+    continual,
+    mean_and_spread,
+    roc,
+    share_right,
+)
+from see_ray.routing.chain import GENERALIST
 
 Scores = dict[str, dict[str, float]]
 """Mean score by task and kind."""

@@ -1,0 +1,197 @@
+"""How fast an expert is fitted, beside what a user would pick instead.
+
+On the same rows, base model, LoRA rank and targets, batch and epochs, in float32 or whatever the base model
+computes in, run one after another and in turns:
+
+    hf_trainer   Hugging Face Trainer with a PEFT LoRA, loss on the response only
+    full         see_ray's full form: Ray Train, DeepSpeed, no padding
+    activated    see_ray's activated form: Ray Train, DeepSpeed, prefixes read once
+    bare         the activated form's steps in a plain PyTorch loop, for the cost of Ray Train and DeepSpeed
+
+Times are those of prefixes and steps; starting processes is named apart. Prints a table; --out writes JSON.
+
+    python jobs/benchmarks/fit.py --data DATA --tasks qa,sum,pe --out bench_fit.json
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from see_ray import cluster
+from see_ray.cli.render import TerminalListener, table
+from see_ray.config import Config, load_config
+from see_ray.data.reconstruct import Example
+from see_ray.data.task import read_task
+from see_ray.evaluate.baselines.experiment import accept_example
+from see_ray.fit.launch import fit_expert
+from see_ray.models.activation import activation_of
+from see_ray.models.base_model import BaseModel, find, load_tokenizer
+
+Times = dict[str, float]
+
+
+@click.command()
+@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the tasks.")
+@click.option("--tasks", default="qa,sum,pe", show_default=True, help="NAME.train.jsonl files in it.")
+@click.option("--rows", default=32, show_default=True, help="Rows of each task.")
+@click.option("--epochs", default=3, show_default=True, help="Passes over them.")
+@click.option("--repeats", default=3, show_default=True, help="Runs of each kind; the table has medians.")
+@click.option("--kinds", default="hf_trainer,full,activated,bare", show_default=True, help="What to run.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="A setting.")
+def main(
+    data: Path, tasks: str, rows: int, epochs: int, repeats: int, kinds: str, out: Path | None, settings: list[str]
+) -> None:
+    config = load_config(None, ["fit.train_batch_size=8", f"fit.num_train_epochs={epochs}", *settings])
+    cluster.connect()
+    base = find(config.base_model)
+    report: dict[str, Any] = {}
+    with TerminalListener() as listener:
+        for name in tasks.split(","):
+            examples = accept_examples(data / f"{name}.train.jsonl", rows, base, config)
+            runs: dict[str, list[Times]] = defaultdict(list)
+            for repeat in range(repeats):
+                for kind in kinds.split(","):
+                    listener.step(f"{name}: {kind}, run {repeat + 1} of {repeats}")
+                    runs[kind].append(run(kind, examples, base, config))
+                    listener.note(", ".join(f"{what} {value:.1f}" for what, value in runs[kind][-1].items()))
+            report[name] = summarized(runs, examples, epochs)
+            if out:
+                out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(as_table(report))
+
+
+def accept_examples(path: Path, rows: int, base: BaseModel, config: Config) -> list[Example]:
+    """A task's rows as accept examples."""
+    tokenizer = load_tokenizer(base)
+    activation = activation_of(tokenizer, config.base_model, config.fit)
+    return [accept_example(row, tokenizer, activation) for row in read_task(path, max_rows=rows).train]
+
+
+def run(kind: str, examples: list[Example], base: BaseModel, config: Config) -> Times:
+    """One run; seconds of fitting, and of everything before it."""
+    import ray
+
+    began = time.perf_counter()
+    if kind in ("full", "activated"):
+        fit = config.fit.model_copy(update={"form": kind, "eval_every_steps": 1 << 20})
+        activation = activation_of(load_tokenizer(base), config.base_model, fit)
+        with tempfile.TemporaryDirectory() as folder:
+            made = fit_expert(examples, base, activation, config.base_model, fit, Path(folder), name=f"bench-{kind}")
+        seconds = made.summary.seconds
+    else:
+        work = {"hf_trainer": hf_trainer, "bare": bare_loop}[kind]
+        remote = ray.remote(num_cpus=config.fit.cpus_per_worker, max_calls=1)(work)  # a process of its own each time
+        seconds = ray.get(remote.remote(examples, config))
+    return {"seconds": seconds, "start_seconds": time.perf_counter() - began - seconds}
+
+
+def hf_trainer(examples: list[Example], config: Config) -> float:
+    """Hugging Face Trainer and PEFT, as their documentation has it."""
+    import os
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    from see_ray.models.base_model import load_model
+
+    fit = config.fit
+    torch.set_num_threads(fit.threads_per_worker or os.cpu_count() or 1)
+    base = find(config.base_model)
+    model = load_model(base, config.base_model, "cuda" if torch.cuda.is_available() else "cpu")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=fit.r, lora_alpha=fit.lora_alpha, target_modules=fit.target_modules)
+    model = get_peft_model(model, lora)
+    rows = [{"input_ids": [*e.prompt, *e.target], "labels": [-100] * len(e.prompt) + list(e.target)} for e in examples]
+    for row in rows:
+        row["attention_mask"] = [1] * len(row["input_ids"])
+    tokenizer = load_tokenizer(base)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=fit.train_batch_size, learning_rate=fit.learning_rate,
+            num_train_epochs=fit.num_train_epochs, warmup_steps=1, lr_scheduler_type="cosine",
+            max_grad_norm=fit.max_grad_norm, save_strategy="no", report_to=[], disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)
+        )
+        return float(trainer.train().metrics["train_runtime"])
+
+
+def bare_loop(examples: list[Example], config: Config) -> float:
+    """The activated form's prefixes and steps with PyTorch alone."""
+    import os
+
+    import torch
+
+    from see_ray.fit.local import fit_here
+    from see_ray.models.base_model import load_model
+
+    torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
+    base = find(config.base_model)
+    activation = activation_of(load_tokenizer(base), config.base_model, config.fit)
+    model = load_model(base, config.base_model, "cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        return fit_here(examples, model, base, activation, config.fit, Path(folder)).seconds
+
+
+def summarized(runs: dict[str, list[Times]], examples: list[Example], epochs: int) -> dict[str, Any]:
+    tokens = epochs * sum(len(example.prompt) + len(example.target) for example in examples)
+    seconds = {kind: statistics.median(run["seconds"] for run in times) for kind, times in runs.items()}
+    rates = {kind: round(tokens / value, 1) for kind, value in seconds.items()}
+
+    def ratio(over: str, under: str) -> float | None:
+        return round(rates[over] / rates[under], 3) if over in rates and under in rates else None
+
+    return {
+        "tokens_per_s": rates,
+        "ratios": {
+            "activated_over_hf_trainer": ratio("activated", "hf_trainer"),
+            "full_over_hf_trainer": ratio("full", "hf_trainer"),
+            "activated_over_bare": ratio("activated", "bare"),
+        },
+        "rows": len(examples),
+        "prompt_tokens": round(statistics.mean(len(example.prompt) for example in examples), 1),
+        "response_tokens": round(statistics.mean(len(example.target) - 1 for example in examples), 1),
+        "epochs": epochs,
+        "runs": dict(runs),
+    }
+
+
+def as_table(report: dict[str, Any]) -> str:
+    kinds = list(next(iter(report.values()))["tokens_per_s"])
+    head = [
+        "task",
+        "prompt",
+        "response",
+        *(f"{kind} tokens/s" for kind in kinds),
+        "activated/hf",
+        "full/hf",
+        "act./bare",
+    ]
+    rows = [
+        [
+            name,
+            f"{made['prompt_tokens']:.0f}",
+            f"{made['response_tokens']:.0f}",
+            *(f"{made['tokens_per_s'][kind]:.0f}" for kind in kinds),
+            *("" if ratio is None else f"{ratio:.2f}" for ratio in made["ratios"].values()),
+        ]
+        for name, made in report.items()
+    ]
+    return table(head, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The gate: whether a fitted expert may join the sequence.
+
+An expert that joins can harm what is live in one way only: by taking queries that another expert, or the
+generalist, answers better. So it is measured on rows that neither it nor an older expert was fitted on:
+
+    taken          of the queries that each older expert keeps, how many it would take
+    own_accepted   of its own held-out rows, how many it accepts at the threshold that lets hardly any foreign
+                   query in; one that cannot tell the two apart accepts few
+    gain           by how much it predicts its own responses better than the generalist does
+    change         that its adapter changes anything at all
+    base_model     that it belongs to the base model of the live experts
+
+Each has a limit in `gate` of the configuration. An expert that fails one is set aside: stored with a report, and
+not published, unless it is forced. The decisions and losses come from the fit, which has the rows at hand, so
+the gate itself costs one pass over at most 32 rows; the report says how long it took. This module is arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from see_ray.admission.calibrate import Calibration, wilson_upper
+from see_ray.config import GateConfig
+from see_ray.fit.report import Comparison
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of a fitted expert.
+
+    Attributes:
+        calibration: its threshold.
+        own: P(accept) of its own held-out rows.
+        foreign: (where from, P(accept)) of held-out foreign queries; where from is `general`, `mixed` or a live
+            expert's name.
+        claimed: per live expert how many of its kept queries are rows of this task, too.
+        comparison: the expert beside the generalist; None if that was not measured.
+        base_model: (name, fingerprint) of the expert's base model.
+        live_base_model: the same of the live experts; None if there are none.
+    """
+
+    calibration: Calibration
+    own: Sequence[float]
+    foreign: Sequence[tuple[str, float]]
+    claimed: dict[str, int]
+    comparison: Comparison | None
+    base_model: tuple[str, str]
+    live_base_model: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One limit: what was found, what is allowed, and whether that is kept to.
+
+    Attributes:
+        limit: `taken`, `own_accepted`, `gain`, `change` or `base_model`.
+        about: the older expert, where the limit is one for each.
+        found, allowed: the two numbers; None where it is no matter of numbers.
+        passed: whether the limit is kept.
+        sentence: the same for people.
+    """
+
+    limit: str
+    about: str
+    found: float | None
+    allowed: float | None
+    passed: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All findings, and what measuring them took beyond the fit."""
+
+    findings: tuple[Finding, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(finding.passed for finding in self.findings)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Sentences of the limits that failed."""
+        return tuple(finding.sentence for finding in self.findings if not finding.passed)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers for an expert's manifest."""
+        return {
+            f"gate_{finding.limit}{'_from_' if finding.about else ''}{finding.about}": round(finding.found, 4)
+            for finding in self.findings
+            if finding.found is not None and finding.limit != "own_accepted"  # calibration has that one
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write `gate.json` and `gate.md`, the same for people."""
+        report = {"passed": self.passed, "seconds": self.seconds, "findings": [asdict(f) for f in self.findings]}
+        (folder / "gate.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        lines = [f"- {'kept' if f.passed else '**failed**'}: {f.sentence}" for f in self.findings]
+        title = "passed" if self.passed else "failed"
+        text = "\n".join([f"# Gate: {title}", "", *lines, "", f"Measured in {self.seconds:.1f} s beside the fit.", ""])
+        (folder / "gate.md").write_text(text, encoding="utf-8")
+
+
+def judge(evidence: Evidence, limits: GateConfig) -> Verdict:
+    """Hold what was measured of an expert against the limits."""
+    findings = [
+        _base_model(evidence),
+        *_taken(evidence, limits.max_taken),
+        _own_accepted(evidence, limits.min_own_accepted),
+    ]
+    if evidence.comparison is not None:
+        findings += [_gain(evidence.comparison, limits.min_gain), _change(evidence.comparison, limits.min_change)]
+    return Verdict(tuple(findings), evidence.comparison.seconds if evidence.comparison else 0.0)
+
+
+def _base_model(evidence: Evidence) -> Finding:
+    name, fingerprint = evidence.base_model
+    if evidence.live_base_model is None:
+        return Finding("base_model", "", None, None, True, f"it belongs to {name}, and no other expert is live")
+    live_name, live = evidence.live_base_model
+    same = fingerprint == live
+    mine = f"it belongs to the base model {name} ({fingerprint[:12]})"
+    theirs = "as the live experts do" if same else f"but the live experts to {live_name} ({live[:12]})"
+    return Finding("base_model", "", None, None, same, f"{mine}, {theirs}")
+
+
+def _taken(evidence: Evidence, allowed: float) -> list[Finding]:
+    findings = []
+    experts = sorted({kind for kind, _ in evidence.foreign} - {"general", "mixed"} | set(evidence.claimed))
+    for name in experts:
+        decisions = [p for kind, p in evidence.foreign if kind == name]
+        claimed = evidence.claimed.get(name, 0)
+        kept = len(decisions) + claimed
+        if not kept:
+            continue
+        taken = claimed + sum(p >= evidence.calibration.threshold for p in decisions)
+        sentence = (
+            f"it would take {_percent(taken / kept)} of {name}'s {kept} kept queries (at most {_percent(allowed)}; "
+            f"95 % upper bound {_percent(wilson_upper(taken, kept))})"
+        )
+        if claimed:
+            sentence += f"; {claimed} of them are rows of this task, too"
+        # Of a few rows a single one is a large share.
+        passed = taken <= max(1, math.floor(allowed * kept))
+        findings.append(Finding("taken", name, taken / kept, allowed, passed, sentence))
+    return findings
+
+
+def _own_accepted(evidence: Evidence, allowed: float) -> Finding:
+    calibration = evidence.calibration
+    passed = calibration.own_accepted >= allowed
+    sentence = (
+        f"it accepts {_percent(calibration.own_accepted)} of its {calibration.own} held-out rows (at least "
+        f"{_percent(allowed)}) at threshold {calibration.threshold:.3f}, which lets "
+        f"{_percent(calibration.foreign_accepted)} of {calibration.foreign} foreign queries in"
+    )
+    if not passed:
+        sentence += f"; {_rivals(evidence, allowed)}"
+    return Finding("own_accepted", "", calibration.own_accepted, allowed, passed, sentence)
+
+
+def _rivals(evidence: Evidence, share: float) -> str:
+    """What it would take if its threshold were as low as its own rows need."""
+    own = sorted(evidence.own)
+    needed = own[min(len(own) - 1, math.floor((1 - share) * len(own)))] if own else 0.5
+    kinds: dict[str, list[bool]] = {}
+    for kind, p in evidence.foreign:
+        kinds.setdefault(kind, []).append(p >= needed)
+    taken = {kind: sum(hits) / len(hits) for kind, hits in kinds.items() if any(hits)}
+    named = ", ".join(f"{_percent(taken[kind])} of {_called(kind)}" for kind in sorted(taken, key=lambda k: -taken[k]))
+    return f"to accept that many it would also take {named or 'none of the foreign queries'}"
+
+
+def _called(kind: str) -> str:
+    return f"the {kind} queries" if kind in ("general", "mixed") else f"{kind}'s queries"
+
+
+def _gain(comparison: Comparison, allowed: float) -> Finding:
+    gain = comparison.generalist_loss - comparison.expert_loss
+    sentence = (
+        f"its loss of a response token is {comparison.expert_loss:.3f}, the generalist's "
+        f"{comparison.generalist_loss:.3f}, on {comparison.rows} held-out rows: a gain of {gain:.3f} "
+        f"(at least {allowed:g})"
+    )
+    return Finding("gain", "", gain, allowed, gain >= allowed, sentence)
+
+
+def _change(comparison: Comparison, allowed: float) -> Finding:
+    passed = comparison.change >= allowed
+    sentence = (
+        f"its adapter changes the log odds of accept against pass by up to {comparison.change:.4f} (at least "
+        f"{allowed:g}){'' if passed else ': it is null'}"
+    )
+    return Finding("change", "", comparison.change, allowed, passed, sentence)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

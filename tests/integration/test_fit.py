@@ -1,0 +1,252 @@
+"""Fitting with Ray Train and DeepSpeed: any number of workers and ZeRO stage, the same expert."""
+
+from __future__ import annotations
+
+import json
+
+import psutil
+import pytest
+
+from see_ray.data.general_queries import read_general_file
+from see_ray.data.reconstruct import Example, reconstruct
+from see_ray.data.task import read_task
+from see_ray.errors import FitError
+from see_ray.fit.launch import Listener, fit_expert
+from see_ray.fit.report import Progress
+from see_ray.fit.trainer import best_step, had_enough
+from see_ray.models.activation import activation_of
+
+TOLERANCE = 0.02
+"""Largest difference of P(accept) between fits that differ only in how sums are ordered."""
+
+
+class Heard(Listener):
+    """Keeps what a fit tells."""
+
+    def __init__(self) -> None:
+        self.seen: list[Progress] = []
+        self.notes: list[str] = []
+        self.figured: list[tuple[int, dict[str, float]]] = []
+
+    def progress(self, progress: Progress) -> None:
+        self.seen.append(progress)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def figures(self, step: int, figures: dict[str, float]) -> None:
+        self.figured.append((step, figures))
+
+
+@pytest.fixture(scope="module")
+def made(config, tokenizer, tasks, task_file, general_file):
+    """21 accept and 16 pass examples: neither divides by the workers or by the batch."""
+    task = read_task(task_file(tasks["dates"], 24), eval_share=0.1)
+    activation = activation_of(tokenizer, config.base_model, config.fit)
+    general = read_general_file(general_file)
+    return activation, reconstruct(task, tokenizer, activation, config.reconstruct, earlier={}, general=general, seed=0)
+
+
+@pytest.fixture(scope="module")
+def fit(config, ray_here, base, made, tokenizer, tasks, tmp_path_factory):
+    """Fits with changed settings; returns the folder and what fit_expert returned."""
+    from see_ray.models.activation import encode_prompt
+
+    activation, reconstruction = made
+    held_out = [
+        Example(tuple(encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])), target, "general", name)
+        for name, target in (("dates", (activation.accept, 42, 43)), ("tickets", (activation.refuse,)))
+        for row in tasks[name].test[:8]
+    ]
+
+    def run(name: str, listener=None, **changes):
+        folder = tmp_path_factory.mktemp(name)
+        settings = config.fit.model_copy(update={"train_batch_size": 8, "threads_per_worker": 1, **changes})
+        point = activation_of(tokenizer, config.base_model, settings)
+        fitted = fit_expert(
+            reconstruction.train, base, point, config.base_model, settings, folder,
+            name=f"test-{name}", held_out=held_out, listener=listener,
+        )  # fmt: skip
+        return folder, fitted
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_worker(fit):
+    heard = Heard()
+    folder, fitted = fit("one", heard)
+    return folder, fitted, heard
+
+
+def test_a_fit_learns(one_worker):
+    summary = one_worker[1].summary
+    assert summary.last_loss < summary.first_loss / 5
+    assert summary.steps == len(summary.losses) == 2 * 5  # 2 epochs of 37 examples, 8 a step
+
+
+def test_held_out_decisions_tell_own_from_foreign(one_worker):
+    decisions = one_worker[1].decisions
+    assert sum(p > 0.5 for p in decisions[:8]) >= 7
+    assert sum(decisions[8:]) / 8 < sum(decisions[:8]) / 8
+
+
+def test_the_adapter_is_compared_with_the_base_model_alone(one_worker, base, config, made, tokenizer, tasks):
+    import torch
+
+    from see_ray.models.activation import encode_prompt
+    from see_ray.models.base_model import load_model
+
+    model, losses = load_model(base, config.base_model, "cpu"), []
+    for row in tasks["dates"].test[:8]:
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, 42]])).logits[0, -2:]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([42, 43])).item())
+    comparison = one_worker[1].comparison
+    assert comparison.rows == 8
+    assert comparison.generalist_loss == pytest.approx(sum(losses) / 8, rel=1e-3)
+    assert abs(comparison.expert_loss - comparison.generalist_loss) > 0.1
+    assert comparison.change > 1
+
+
+def test_the_workers_tell_their_progress(one_worker):
+    phases = [progress.phase for progress in one_worker[2].seen]
+    assert "starting" in phases
+    steps = [progress for progress in one_worker[2].seen if progress.phase == "fit"]
+    assert [progress.done for progress in steps] == sorted(progress.done for progress in steps)
+    assert all(progress.total == 10 and progress.loss > 0 and progress.tokens_per_s > 0 for progress in steps)
+
+
+def test_prefixes_are_read_once_and_kept(one_worker):
+    assert one_worker[1].summary.kv_hit_rate == 1.0
+
+
+def test_suffixes_are_packed_without_padding(one_worker):
+    assert one_worker[1].summary.padding_share == 0.0
+
+
+def test_every_row_is_read_once_an_epoch(one_worker):
+    assert (one_worker[1].summary.fewest_reads, one_worker[1].summary.most_reads) == (2, 2)
+
+
+def test_every_step_is_measured_once_and_held_out_rows_after_each_epoch(one_worker):
+    figured = one_worker[2].figured
+    assert [step for step, figures in figured if "train/loss" in figures] == list(range(1, 11))
+    assert [step for step, figures in figured if "eval/own_accuracy" in figures] == [5, 10]
+
+
+def test_the_result_is_a_peft_folder(one_worker):
+    folder = one_worker[0]
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert (settings["peft_type"], settings["r"], settings["base_model_name_or_path"]) == ("LORA", 8, "embedded")
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "fit.json"}
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_two_workers_fit_the_same_expert_as_one(fit, one_worker, stage):
+    # Under ZeRO 3 every pass gathers the whole model; no more of them than are looked at here.
+    _, fitted = fit(f"zero{stage}", num_workers=2, zero_stage=stage, eval_every_steps=1000)
+    assert (fitted.summary.workers, fitted.summary.zero_stage) == (2, stage)
+    assert (fitted.summary.fewest_reads, fitted.summary.most_reads) == (2, 2)
+    assert fitted.summary.losses[0] == pytest.approx(one_worker[1].summary.losses[0], rel=1e-4)
+    assert fitted.decisions == pytest.approx(one_worker[1].decisions, abs=TOLERANCE)
+    assert fitted.comparison.generalist_loss == pytest.approx(one_worker[1].comparison.generalist_loss, rel=1e-4)
+    assert fitted.comparison.expert_loss == pytest.approx(one_worker[1].comparison.expert_loss, rel=0.05)
+
+
+class Killer(Heard):
+    """Kills the fit's worker, once, after it has written a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.killed = 0
+
+    def progress(self, progress: Progress) -> None:
+        super().progress(progress)
+        if progress.phase == "fit" and progress.done >= 5 and not self.killed:
+            workers = [
+                p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+            ]
+            for worker in workers:
+                worker.kill()
+                self.killed += 1
+
+
+@pytest.mark.slow
+def test_a_fit_whose_worker_is_killed_goes_on_and_ends_as_undisturbed(fit, one_worker):
+    killer = Killer()
+    _, fitted = fit("killed", killer, checkpoint_every_steps=2)
+    assert killer.killed == 1
+    assert fitted.summary.resumed == 1
+    assert any("going on from the checkpoint of step" in note for note in killer.notes)
+    undisturbed = one_worker[1].summary
+    assert fitted.summary.steps == undisturbed.steps
+    assert (fitted.summary.fewest_reads, fitted.summary.most_reads) == (2, 2)
+    assert fitted.summary.losses == pytest.approx(undisturbed.losses, rel=0.02, abs=0.02)
+    assert fitted.decisions == pytest.approx(one_worker[1].decisions, abs=TOLERANCE)
+
+
+def look(step: int, accuracy: float, loss: float) -> dict[str, float]:
+    return {"step": step, "own_accuracy": accuracy, "foreign_accuracy": 1.0, "response_loss": loss}
+
+
+def test_patience_ends_where_neither_decisions_nor_responses_improve():
+    looks = [look(1, 0.5, 2.0), look(2, 0.9, 1.0), look(3, 0.9, 0.9999), look(4, 0.8, 1.2)]
+    assert [had_enough(looks[:count], 2) for count in range(1, 5)] == [False, False, False, True]
+    assert not had_enough([*looks, look(5, 0.9, 0.5)], 2)
+    assert not had_enough([*looks, look(5, 1.0, 2.0)], 2)
+
+
+def test_the_best_look_has_the_most_decisions_right_then_the_lowest_loss():
+    assert best_step([look(1, 0.9, 0.1), look(2, 1.0, 0.5), look(3, 1.0, 0.3), look(4, 1.0, 0.4)]) == 3
+
+
+@pytest.fixture(scope="module")
+def full(fit):
+    """A fit in the full form that learns nothing, and may stop."""
+    return fit("full", form="full", learning_rate=1e-12, eval_every_steps=1, early_stopping_patience=1)[1].summary
+
+
+@pytest.mark.slow
+def test_a_fit_that_learns_nothing_more_stops_early(full):
+    assert full.stopped_early
+    assert full.steps == len(full.evaluations) == 2
+
+
+@pytest.mark.slow
+def test_the_full_form_keeps_no_prefix(full):
+    assert full.kv_hit_rate == 0.0
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_fit(fit):
+    with pytest.raises(FitError, match=r"loss became (nan|inf) at step \d+, whose rows are .*dates\.jsonl:\d+"):
+        fit("nan", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0)
+
+
+def test_out_of_memory_says_what_is_needed_and_which_settings_change_it(config, ray_here, made):
+    import ray
+
+    from see_ray.fit.trainer import _out_of_memory
+
+    activation, reconstruction = made
+    settings = {
+        "base_config": config.base_model.model_dump(mode="json"),
+        "activation": activation,
+        "examples": ray.put(reconstruction.train),
+    }
+    message = _out_of_memory(MemoryError("no room for 9 GB"), settings, config.fit)
+    assert "no room for 9 GB" in message
+    assert "about 0.5 GB for the base model" in message
+    for setting in ("fit.max_tokens_per_micro_batch (now 16384)", "fit.kv_store_gb (now 4)", "fit.zero_stage=3"):
+        assert setting in message
+
+
+def test_a_target_module_that_does_not_exist_is_named(base, config):
+    from see_ray.fit.trainer import with_adapter
+    from see_ray.models.base_model import load_model
+
+    settings = config.fit.model_copy(update={"target_modules": ("no_such_layer",)})
+    with pytest.raises(FitError, match="no_such_layer"):
+        with_adapter(load_model(base, config.base_model), settings)

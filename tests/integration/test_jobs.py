@@ -1,0 +1,81 @@
+"""Jobs: what is uploaded with them, how long they are, how they end.
+
+`jobs/experiments/lose_node.py` submits them for real.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["learn", "serve", "experiments/autoscale"]
+
+
+def run(job: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"jobs/{job}.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local", **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("job", SHORT)
+def test_a_job_parses_calls_and_prints(job):
+    assert len((ROOT / "jobs" / f"{job}.py").read_text().splitlines()) <= 52
+
+
+@pytest.mark.parametrize("job", SHORT)
+def test_a_job_says_what_it_does(job):
+    done = run(job, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(("job", "arguments"), [("learn", ["tickets.jsonl"]), ("serve", [])])
+def test_a_submitted_job_refuses_a_store_that_would_be_lost(job, arguments):
+    done = run(job, *arguments, RAY_JOB_CONFIG_JSON_ENV_VAR="{}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: store.url is ./experts")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
+    """Ray itself looks for five minutes; `run` waits for two."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    task = tmp_path / "tickets.jsonl"
+    task.write_text("".join(json.dumps({"prompt": f"{n}?", "response": "yes"}) + "\n" for n in range(40)))
+    done = run("learn", str(task), "--store", str(tmp_path / "experts"), RAY_ADDRESS=address)
+    assert done.returncode == 1
+    assert f"cannot connect to Ray on {address}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_only_what_jobs_need_is_uploaded(tmp_path):
+    """With Ray's own packaging, from a working tree in which people have worked."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    tree = tmp_path / "tree"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.splitlines():
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    for left in (".venv/lib/torch.so", "experts/a/1/adapter.safetensors", "runs/a/events", "see-demo/x", ".git/pack"):
+        (tree / left).parent.mkdir(parents=True, exist_ok=True)
+        (tree / left).write_bytes(os.urandom(1000))
+    create_package(
+        str(tree), tmp_path / "package.zip", include_gitignore=True, excludes=get_runtime_env_default_excludes()
+    )
+    names = zipfile.ZipFile(tmp_path / "package.zip").namelist()
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    assert folders == {"see_ray", "jobs"}
+    assert (tmp_path / "package.zip").stat().st_size < 1_000_000

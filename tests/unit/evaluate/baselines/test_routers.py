@@ -1,0 +1,59 @@
+"""Routers of the usual kind: a classifier and nearest means, on made-up vectors and on real ones."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy
+import pytest
+
+from see_ray.evaluate.baselines import routers, ssr
+
+QUERIES = {
+    "recipes": ["How do I bake bread?", "Give me a recipe for lentil soup.", "How long must rice cook?"],
+    "planets": ["How far away is Mars?", "Which planet has the most moons?", "Why does Saturn have rings?"],
+}
+embeds = pytest.mark.skipif(
+    importlib.util.find_spec(routers.EMBEDDING_PACKAGE) is None,
+    reason="the embedding model is installed by make embeddings",
+)
+
+
+def clouds() -> tuple[numpy.ndarray, list[str]]:
+    """Three clouds of points on a plane, one of them wide in a direction that says nothing."""
+    rng = numpy.random.default_rng(0)
+    centres = {"a": (0, 0), "b": (4, 0), "generalist": (0, 4)}
+    points = [rng.normal(centre, 0.5, (30, 2)) for centre in centres.values()]
+    return numpy.concatenate(points), [name for name in centres for _ in range(30)]
+
+
+@pytest.mark.parametrize("kind", ["learned", "nearest"])
+def test_points_go_to_their_own_cloud(kind):
+    vectors, names = clouds()
+    classify = routers.learned(vectors, names, 0) if kind == "learned" else routers.nearest(vectors, names)
+    assert classify(numpy.array([[0.1, 0.2], [3.8, -0.1], [0.3, 4.2]])) == ["a", "b", "generalist"]
+
+
+def test_a_single_class_takes_everything():
+    assert routers.learned(numpy.zeros((3, 2)), ["a"] * 3, 0)(numpy.ones((2, 2))) == ["a", "a"]
+
+
+@embeds
+def test_sentences_about_the_same_thing_are_nearer():
+    vectors = routers.embed([text for texts in QUERIES.values() for text in texts])
+    assert numpy.linalg.norm(vectors, axis=1) == pytest.approx(1)
+    alike = vectors @ vectors.T
+    assert alike[:3, :3].mean() > alike[:3, 3:].mean() + 0.2
+
+
+@embeds
+def test_the_diverse_part_has_something_of_each_kind():
+    kind_of = {text: name for name, texts in QUERIES.items() for text in texts}
+    assert {kind_of[text] for text in ssr.diverse(list(kind_of), 2, 0)} == {"recipes", "planets"}
+
+
+def test_hidden_states_do_not_depend_on_what_stands_beside_them(engine):
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
+    together = routers.hidden_states(engine.model, prompts)
+    apart = numpy.concatenate([routers.hidden_states(engine.model, [prompt]) for prompt in prompts])
+    assert together == pytest.approx(apart, abs=1e-3)
