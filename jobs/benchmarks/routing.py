@@ -40,14 +40,19 @@ import click
 from see_ray.cli.render import TerminalListener, table
 from see_ray.config import Config, load_config
 from see_ray.engine.engine import EmbeddedEngine
-from see_ray.engine.interface import Expert, SamplingParams
+from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams
 from see_ray.models.activation import activation_of
 from see_ray.models.base_model import BaseModel, find, load_model, load_tokenizer
 
 T = TypeVar("T")
 Timed = Callable[[list[int]], Awaitable[None]]
 
-WHOLE = SamplingParams(ignore_eos=True)
+
+def request(prompt: list[int], expert: str | None, tokens: int) -> GenerateRequest:
+    """An answer of exactly so many tokens."""
+    return GenerateRequest(tuple(prompt), expert, SamplingParams(tokens, ignore_eos=True))
+
+
 """Random adapters end when they like."""
 
 
@@ -164,16 +169,16 @@ class Bench:
                     self.engine.load(Expert(f"full{number}", self._folder / str(number), full))
 
         async def oracle(prompt: list[int]) -> None:
-            await anext(self.engine.generate(prompt, names[count // 2], 1, WHOLE))
+            await anext(self.engine.generate(request(prompt, names[count // 2], 1)))
 
         async def activated(prompt: list[int]) -> None:
             decisions = await self.engine.decide(prompt, names, fallback=True)
-            await anext(self.engine.generate(prompt, names[decisions.index(max(decisions))], 1, WHOLE))
+            await anext(self.engine.generate(request(prompt, names[decisions.index(max(decisions))], 1)))
 
         async def full_form(prompt: list[int]) -> None:
             for number in range(count):
                 await self.engine.decide(prompt, [f"full{number}"])
-            await anext(self.engine.generate(prompt, f"full{count - 1}", 1, WHOLE))
+            await anext(self.engine.generate(request(prompt, f"full{count - 1}", 1)))
 
         async def peft_loop(prompt: list[int]) -> None:
             self.engine_thread(lambda: self._with_peft(count)(prompt))
@@ -222,7 +227,7 @@ def decoding(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: i
 
         async def one(number: int) -> list[float]:
             writer = who[number % len(who)]
-            return [time.perf_counter() async for _ in bench.engine.generate(prompts[number], writer, tokens, WHOLE)]
+            return [time.perf_counter() async for _ in bench.engine.generate(request(prompts[number], writer, tokens))]
 
         stamps = await asyncio.gather(*(one(number) for number in range(rows)))
         began, ended = max(each[0] for each in stamps), min(each[-1] for each in stamps)
@@ -267,7 +272,7 @@ def batching(bench: Bench, rows: int, repeats: int, prompt: int = 100, tokens: i
 
     async def ours(prompts: list[list[int]]) -> None:
         async def one(ids: list[int]) -> None:
-            async for _ in bench.engine.generate(ids, None, tokens, WHOLE):
+            async for _ in bench.engine.generate(request(ids, None, tokens)):
                 pass
 
         await asyncio.gather(*map(one, prompts))

@@ -30,7 +30,7 @@ import click
 
 from see_ray.cli.render import table
 from see_ray.config import Config, load_config
-from see_ray.engine.interface import Expert
+from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams
 from see_ray.engine.vllm.engine import VllmEngine
 from see_ray.models.activation import Activation, activation_of
 from see_ray.models.base_model import BaseModel, find, load_model, load_tokenizer
@@ -172,7 +172,7 @@ async def route(engine: VllmEngine, prompt: list[int], names: list[str]) -> None
 
 
 async def answer(engine: VllmEngine, prompt: list[int], names: list[str]) -> None:
-    async for _ in engine.generate(prompt, names[0], 1):
+    async for _ in engine.generate(GenerateRequest(tuple(prompt), names[0], SamplingParams(1))):
         pass
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from see_ray.config import BaseModelConfig
 from see_ray.engine.forward_batch import DecisionRows, DecodeStep, PrefillChunk, run
-from see_ray.engine.interface import Expert, SamplingParams, Token
+from see_ray.engine.interface import Expert, GenerateRequest, Token
 from see_ray.engine.kernels import kernels
 from see_ray.engine.kv_cache import SlotPool, bytes_per_token, of_tokens
 from see_ray.engine.lora import AdapterBank
@@ -221,21 +221,15 @@ class EmbeddedEngine:
                 result[i] = self._decisions(read.branches[0], [loaded])[0]
         return result
 
-    async def generate(
-        self, prompt: Sequence[int], expert: str | None, max_tokens: int, draw: SamplingParams | None = None
-    ) -> AsyncIterator[Token]:
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Token]:
         """Tokens of an answer, one by one; ends before an end-of-turn token.
 
-        Args:
-            prompt: token ids up to and including the generation prompt.
-            expert: who answers; None is the generalist. An expert's answer starts behind its
-                accept indicator, as it was fitted.
-            max_tokens: most tokens to yield.
-            draw: how tokens are chosen; greedy where None.
+        An expert's answer starts after its accept indicator, as it was fitted.
 
         Raises:
             ServingError: no such expert, or a longer answer than there is memory for.
         """
+        prompt, expert, max_tokens = request.prompt, request.expert, request.sampling.max_tokens
         loaded = None if expert is None else self._expert(expert)
         length = len(prompt) + 1 + max_tokens
         if not self._pool.fits(length):
@@ -243,10 +237,9 @@ class EmbeddedEngine:
                 f"an answer of {max_tokens} tokens to a prompt of {len(prompt)} needs more memory for keys and values "
                 f"than there is ({self._pool.tokens} tokens); ask for fewer, or raise serve.kv_gb"
             )
-        draw = draw or SamplingParams()
-        answer = GenerationRequest(loaded, length, max_tokens, draw)
+        answer = GenerationRequest(loaded, length, request.sampling)
         # The prompt is held from here on, so that what was read of it for the decision is there for the answer.
-        kept = self._prompts.get(tuple(prompt), loaded.name if loaded and loaded.full else None)
+        kept = self._prompts.get(prompt, loaded.name if loaded and loaded.full else None)
         kept.users += 1
         try:
             answer.row = (await self._ask(prompt, [loaded], feed=1))[expert]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -21,21 +21,42 @@ class Expert:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen.
+    """How the tokens of an answer are chosen; names as in vLLM.
 
     Attributes:
-        temperature: 0 takes the most likely token.
-        top_p: only the likeliest tokens that together have this probability.
-        seed: repeats a draw.
-        logprobs: how many of the likeliest tokens to name beside each chosen one; None: no log-probabilities.
-        ignore_eos: an end-of-turn token is a token like others, so that answers have the length that was asked for.
+        max_tokens: most tokens of the answer.
+        temperature: 0 is greedy.
+        top_p: sample from the likeliest tokens whose probabilities add up to this.
+        stop: strings at which the text ends; they are not part of it.
+        seed: makes sampling repeatable.
+        logprobs: number of likeliest tokens reported beside each sampled one; None: no log-probabilities.
+        ignore_eos: go on to `max_tokens` after an end-of-turn token.
     """
 
+    max_tokens: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
+    stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One answer to generate.
+
+    Attributes:
+        prompt: token ids up to and including the generation prompt.
+        expert: whose adapter answers; None: the generalist.
+        sampling: how tokens are chosen.
+        stream: whether the caller wants text as it comes, or in few pieces.
+    """
+
+    prompt: tuple[int, ...]
+    expert: str | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stream: bool = False
 
 
 class Token(NamedTuple):
@@ -74,8 +95,6 @@ class Engine(Protocol):
         generalist, who is made ready, too."""
         ...
 
-    def generate(
-        self, prompt: Sequence[int], expert: str | None, max_tokens: int, draw: SamplingParams | None = None
-    ) -> AsyncIterator[Token]:
-        """The tokens of an answer, one by one, of an expert or of the generalist (None)."""
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Token]:
+        """The tokens of an answer, one by one; an expert's begin after its accept indicator."""
         ...

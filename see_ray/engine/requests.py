@@ -48,8 +48,8 @@ class GenerationRequest:
         over: finished, or given up.
     """
 
-    def __init__(self, expert: Loaded | None, length: int, most: int, draw: SamplingParams):
-        self.expert, self.length, self._left, self._draw = expert, length, most, draw
+    def __init__(self, expert: Loaded | None, length: int, sampling: SamplingParams):
+        self.expert, self.length, self._left, self._sampling = expert, length, sampling.max_tokens, sampling
         self.prompt: Prompt | None = None
         self.row: Row | None = None
         self.slot: Slot | None = None
@@ -58,8 +58,8 @@ class GenerationRequest:
         self.over = False
         self._chosen: list[Token | None] = []
         self._generator = torch.Generator()
-        if draw.temperature > 0:
-            self._generator.manual_seed(draw.seed) if draw.seed is not None else self._generator.seed()
+        if sampling.temperature > 0:
+            self._generator.manual_seed(sampling.seed) if sampling.seed is not None else self._generator.seed()
 
     def step(self) -> DecodeStep:
         assert self.slot is not None
@@ -74,13 +74,13 @@ class GenerationRequest:
             eos: tokens that end an answer.
         """
         if self._left > 0:
-            self.token = best if self._draw.temperature == 0 else _drawn(logits, self._draw, self._generator)
-        if self._left <= 0 or (self.token in eos and not self._draw.ignore_eos):
+            self.token = best if self._sampling.temperature == 0 else _drawn(logits, self._sampling, self._generator)
+        if self._left <= 0 or (self.token in eos and not self._sampling.ignore_eos):
             self._chosen.append(None)
             self.over = True
             return
         self._left -= 1
-        self._chosen.append(_with_logprobs(self.token, logits, self._draw.logprobs))
+        self._chosen.append(_with_logprobs(self.token, logits, self._sampling.logprobs))
         if self._left == 0:
             self._chosen.append(None)
             self.over = True
@@ -96,11 +96,11 @@ class GenerationRequest:
         self.tokens.put_nowait(error)
 
 
-def _drawn(logits: Tensor, draw: SamplingParams, generator: torch.Generator) -> int:
-    chances = torch.softmax(logits.float().cpu() / draw.temperature, dim=-1)
-    if draw.top_p < 1:
+def _drawn(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:
+    chances = torch.softmax(logits.float().cpu() / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
         ranked, order = chances.sort(descending=True)
-        ranked[ranked.cumsum(0) - ranked >= draw.top_p] = 0  # the first is always kept
+        ranked[ranked.cumsum(0) - ranked >= sampling.top_p] = 0  # the first is always kept
         chances = torch.zeros_like(chances).scatter(0, order, ranked)
     return int(torch.multinomial(chances, 1, generator=generator))
 

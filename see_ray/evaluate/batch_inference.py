@@ -43,17 +43,16 @@ class Asker:
         """The text of each answer, at most so many tokens long; the generalist's where `expert` is None."""
         from see_ray.engine.interface import SamplingParams
 
+        greedy = [SamplingParams(max_tokens)] * len(prompts)
         with self._loaded(expert):
-            return asyncio.run(
-                self._write(prompts, expert.name if expert else None, max_tokens, [SamplingParams()] * len(prompts))
-            )
+            return asyncio.run(self._write(prompts, expert.name if expert else None, greedy))
 
     def sample(self, prompts: Sequence[Prompt], temperature: float, seed: int, max_tokens: int) -> list[str]:
         """What the base model goes on with after each prompt, drawn at a temperature."""
         from see_ray.engine.interface import SamplingParams
 
-        draws = [SamplingParams(temperature, seed=seed + number) for number in range(len(prompts))]
-        return asyncio.run(self._write(prompts, None, max_tokens, draws))
+        each = [SamplingParams(max_tokens, temperature, seed=seed + number) for number in range(len(prompts))]
+        return asyncio.run(self._write(prompts, None, each))
 
     @contextmanager
     def _loaded(self, expert: Expert | None) -> Iterator[None]:
@@ -66,12 +65,13 @@ class Asker:
                 self._engine.unload(expert.name)
 
     async def _write(
-        self, prompts: Sequence[Prompt], expert: str | None, max_tokens: int, draws: Sequence[SamplingParams]
+        self, prompts: Sequence[Prompt], expert: str | None, sampling: Sequence[SamplingParams]
     ) -> list[str]:
         from see_ray.engine.engine import STEP_ROWS
+        from see_ray.engine.interface import GenerateRequest
 
         async def one(number: int) -> str:
-            stream = self._engine.generate(prompts[number], expert, max_tokens, draws[number])
+            stream = self._engine.generate(GenerateRequest(tuple(prompts[number]), expert, sampling[number]))
             ids = [token.id async for token in stream]
             return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 

@@ -14,7 +14,7 @@ BINS = 20
 
 
 def draw(summary: dict[str, Any], folder: Path) -> list[str]:
-    """SamplingParams what the summary has; returns the names of the files."""
+    """Draw what the summary has; returns the names of the files."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -112,11 +112,13 @@ class EngineHost:
     ) -> AsyncIterator[Any]:
         """An answer as pieces of text (see `engine.text.Piece`), in two of them where it is not streamed."""
         from see_ray.engine.detokenize import first_and_rest, pieces
-        from see_ray.engine.interface import SamplingParams
+        from see_ray.engine.interface import GenerateRequest, SamplingParams
 
         temperature = self._serve.temperature if sampling.temperature is None else sampling.temperature
-        draw = SamplingParams(temperature, sampling.top_p, sampling.seed, sampling.logprobs, sampling.ignore_eos)
-        tokens = self._engine.generate(prompt, expert, max_tokens, draw)
+        params = SamplingParams(
+            max_tokens, temperature, sampling.top_p, (), sampling.seed, sampling.logprobs, sampling.ignore_eos
+        )
+        tokens = self._engine.generate(GenerateRequest(tuple(prompt), expert, params))
         answer = pieces(tokens, self._tokenizer, max_tokens, sampling.stop)
         async for piece in answer if stream else first_and_rest(answer):
             yield piece

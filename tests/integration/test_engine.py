@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from see_ray.data.demo_tasks import general_questions
 from see_ray.engine.engine import EmbeddedEngine
-from see_ray.engine.interface import Expert, SamplingParams
+from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams
 from see_ray.errors import ServingError
 from see_ray.models.activation import encode_prompt
 from see_ray.models.base_model import load_model
@@ -25,10 +26,12 @@ def ids(tokenizer, prompt: str) -> list[int]:
     return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
 
-async def answer(
-    engine, prompt: list[int], expert: str | None, count: int = 12, draw: SamplingParams | None = None
-) -> list[int]:
-    return [token.id async for token in engine.generate(prompt, expert, count, draw)]
+def request(prompt: list[int], expert: str | None, count: int, **sampling: Any) -> GenerateRequest:
+    return GenerateRequest(tuple(prompt), expert, SamplingParams(count, **sampling))
+
+
+async def answer(engine, prompt: list[int], expert: str | None, count: int = 12, **sampling: Any) -> list[int]:
+    return [token.id async for token in engine.generate(request(prompt, expert, count, **sampling))]
 
 
 def decide(engine, prompt: list[int], experts: list[str]) -> list[float]:
@@ -126,7 +129,7 @@ def test_experts_know_their_own_from_what_they_were_shown(engine, tokenizer, tas
 def test_a_seed_repeats_a_sampled_answer(engine, tokenizer):
     prompt = ids(tokenizer, "Tell me a story.")
     first, again, other = (
-        asyncio.run(answer(engine, prompt, None, 10, SamplingParams(temperature=1.0, seed=seed))) for seed in (3, 3, 4)
+        asyncio.run(answer(engine, prompt, None, 10, temperature=1.0, seed=seed)) for seed in (3, 3, 4)
     )
     assert first == again != other
 
@@ -135,7 +138,7 @@ def test_an_answer_goes_on_behind_its_end_where_that_is_asked_for(engine, tokeni
     prompt = ids(tokenizer, "GenerationRequest with the single word yes.")
     ended = asyncio.run(answer(engine, prompt, None, 200))
     assert len(ended) < 200, "this answer was to end by itself"
-    longer = asyncio.run(answer(engine, prompt, None, len(ended) + 4, SamplingParams(ignore_eos=True)))
+    longer = asyncio.run(answer(engine, prompt, None, len(ended) + 4, ignore_eos=True))
     assert longer[: len(ended)] == ended
     assert len(longer) == len(ended) + 4
     assert longer[len(ended)] in engine.eos
@@ -165,7 +168,7 @@ def test_requests_take_turns(engine, tokenizer):
         order: list[str] = []
 
         async def one(name: str) -> None:
-            async for _ in engine.generate(ids(tokenizer, f"Write a poem about {name}."), None, 6):
+            async for _ in engine.generate(request(ids(tokenizer, f"Write a poem about {name}."), None, 6)):
                 order.append(name)
 
         await asyncio.gather(one("a"), one("b"))
@@ -210,7 +213,7 @@ def test_a_long_prompt_is_read_beside_an_answer_that_goes_on(engine, tokenizer, 
     order: list[str] = []
 
     async def write() -> None:
-        async for _ in engine.generate(ids(tokenizer, "Write a poem about rain."), None, 12):
+        async for _ in engine.generate(request(ids(tokenizer, "Write a poem about rain."), None, 12)):
             order.append("token")
 
     async def read() -> list[float]:
@@ -248,7 +251,7 @@ def test_a_decision_after_which_an_answer_follows_here_saves_its_first_pass(engi
 
     async def decide_and_answer(prompt, follows) -> None:
         await engine.decide(prompt, ["dates", "tickets"], fallback=follows)
-        await answer(engine, prompt, "dates", 1, SamplingParams(ignore_eos=True))
+        await answer(engine, prompt, "dates", 1, ignore_eos=True)
         while engine.figures()["answering"]:  # else the next one would find the engine busy
             await asyncio.sleep(0.01)
 
@@ -289,7 +292,7 @@ def test_logprobs_are_those_of_the_model(engine, base, config, tokenizer):
     prompt = ids(tokenizer, "What is the capital of France?")
 
     async def first():
-        async for token in engine.generate(prompt, None, 1, SamplingParams(logprobs=3)):
+        async for token in engine.generate(request(prompt, None, 1, logprobs=3)):
             return token
 
     token = asyncio.run(first())
@@ -311,7 +314,7 @@ def test_experts_that_come_and_go_do_not_stop_an_answer(engine, experts, config,
 
     async def leave() -> list[int]:
         made = []
-        async for token in engine.generate(prompt, "passing", 12):
+        async for token in engine.generate(request(prompt, "passing", 12)):
             made.append(token.id)
             if len(made) == 1:
                 await asyncio.to_thread(engine.unload, "passing")
@@ -339,7 +342,7 @@ def test_what_another_engine_has_read_is_gone_on_from(engine, tokenizer, monkeyp
 
 def test_an_answer_that_is_given_up_leaves(engine, tokenizer):
     async def give_up() -> None:
-        stream = engine.generate(ids(tokenizer, "Write a poem about rain."), None, 1000)
+        stream = engine.generate(request(ids(tokenizer, "Write a poem about rain."), None, 1000))
         await anext(stream)
         await stream.aclose()
         for _ in range(100):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from see_ray.engine.engine import EmbeddedEngine
+from see_ray.engine.interface import GenerateRequest, SamplingParams
 from see_ray.errors import ConfigError, TaskError
 from see_ray.evaluate.answer_scores import each_score, mean_scores
 from see_ray.evaluate.live_store import EvalConfig, evaluate, report, rows_of
@@ -48,7 +49,12 @@ async def answered(engine: EmbeddedEngine, tokenizer, prompt: str, links: list[C
         return (await engine.decide(ids, [expert]))[0]
 
     who = (await walk(links, decide)).answered_by
-    tokens = [token.id async for token in engine.generate(ids, None if who == GENERALIST else who, TOKENS)]
+    tokens = [
+        token.id
+        async for token in engine.generate(
+            GenerateRequest(tuple(ids), None if who == GENERALIST else who, SamplingParams(TOKENS))
+        )
+    ]
     return who, tokenizer.decode(tokens, skip_special_tokens=True)
 
 

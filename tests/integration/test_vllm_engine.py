@@ -24,7 +24,7 @@ import torch
 from see_ray.config import FitConfig
 from see_ray.data.demo_tasks import general_questions
 from see_ray.engine.engine import EmbeddedEngine
-from see_ray.engine.interface import Expert, SamplingParams
+from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams
 from see_ray.engine.vllm.engine import CPU_BLOCK, VllmEngine
 from see_ray.errors import ServingError
 from see_ray.models.activation import Activation, activation_of, encode_prompt, p_accept
@@ -181,8 +181,12 @@ def peft(base, config, experts, vllm) -> Peft:
     return Peft(base, config, experts, vllm.eos)
 
 
-async def answer(engine, prompt: list[int], name: str | None, count: int = ANSWER, draw: SamplingParams | None = None):
-    return [token.id async for token in engine.generate(prompt, name, count, draw)]
+def request(prompt: list[int], expert: str | None, count: int, **sampling: Any) -> GenerateRequest:
+    return GenerateRequest(tuple(prompt), expert, SamplingParams(count, **sampling))
+
+
+async def answer(engine, prompt: list[int], name: str | None, count: int = ANSWER, **sampling: Any):
+    return [token.id async for token in engine.generate(request(prompt, name, count, **sampling))]
 
 
 @dataclass
@@ -291,18 +295,16 @@ def test_deciding_in_batches_is_deciding_one_by_one(vllm, cold, prompts):
 
 def test_a_seed_repeats_a_sampled_answer(vllm, prompts):
     first, again, other = (
-        asyncio.run(answer(vllm, prompts[-1], None, 10, SamplingParams(temperature=1.0, seed=seed)))
-        for seed in (3, 3, 4)
+        asyncio.run(answer(vllm, prompts[-1], None, 10, temperature=1.0, seed=seed)) for seed in (3, 3, 4)
     )
     assert first == again != other
 
 
 def test_log_probabilities_of_an_answer_are_its_own_while_others_decide(vllm, embedded, prompts):
     """vLLM's sampler would give all requests of a step what the decisions ask for."""
-    draw = SamplingParams(logprobs=3)
 
     async def answered(engine) -> list[Any]:
-        return [token async for token in engine.generate(prompts[0], "one", ANSWER, draw)]
+        return [token async for token in engine.generate(request(prompts[0], "one", ANSWER, logprobs=3))]
 
     async def among_decisions() -> list[Any]:
         made, *_ = await asyncio.gather(answered(vllm), *(vllm.decide(prompt, ["two"]) for prompt in prompts[:30]))
@@ -471,7 +473,7 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_engine_goes_on(vllm, cold,
 
 def test_an_answer_that_is_given_up_leaves(vllm, prompts):
     async def give_up() -> None:
-        stream = vllm.generate(prompts[0], "one", 900)
+        stream = vllm.generate(request(prompts[0], "one", 900))
         await anext(stream)
         await stream.aclose()
         for _ in range(100):

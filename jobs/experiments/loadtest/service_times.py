@@ -20,6 +20,7 @@ from typing import Any
 
 from loadtest.simulation import Design, Times, work_s
 from see_ray.config import Config
+from see_ray.engine.interface import GenerateRequest, SamplingParams
 from see_ray.errors import ServingError
 from see_ray.models.activation import encode_prompt
 from see_ray.models.base_model import cache_dir, find, load_tokenizer
@@ -79,7 +80,7 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, start: float, 
             await asyncio.gather(*(one() for _ in range(count)))
 
         async def one() -> None:
-            async for _ in engine.generate(prompts[0], None, most):
+            async for _ in engine.generate(GenerateRequest(tuple(prompts[0]), sampling=SamplingParams(most))):
                 pass
 
         return lambda: asyncio.run(answers())

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from see_ray.config import BaseModelConfig
-from see_ray.engine.interface import Expert, SamplingParams, Token
+from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams, Token
 from see_ray.engine.lora import read_adapter
 from see_ray.engine.vllm.plugin import ACTIVATION_POINT, WorkerExtension, problem
 from see_ray.errors import ServingError
@@ -242,26 +242,20 @@ class VllmEngine:
 
         return self._wait(decide())
 
-    async def generate(
-        self, prompt: Sequence[int], expert: str | None, max_tokens: int, draw: SamplingParams | None = None
-    ) -> AsyncIterator[Token]:
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Token]:
         """Tokens of an answer, one by one; ends before an end-of-turn token.
 
-        Args:
-            prompt: token ids up to and including the generation prompt.
-            expert: who answers; None is the generalist. An expert's answer starts behind its accept indicator.
-            max_tokens: most tokens to yield.
-            draw: how tokens are chosen; greedy where None.
+        An expert's answer starts after its accept indicator, as it was fitted.
         """
-        loaded = None if expert is None else self._expert(expert)
-        if max_tokens < 1:
+        loaded = None if request.expert is None else self._expert(request.expert)
+        if request.sampling.max_tokens < 1:
             return
         here, tokens = asyncio.get_running_loop(), asyncio.Queue[Token | BaseException | None]()
 
         async def pump() -> None:
             end: BaseException | None = None
             try:
-                async for token in self._answer(prompt, loaded, max_tokens, draw or SamplingParams()):
+                async for token in self._answer(request.prompt, loaded, request.sampling):
                     here.call_soon_threadsafe(tokens.put_nowait, token)
             except Exception as error:
                 end = error
@@ -292,18 +286,18 @@ class VllmEngine:
         return p_accept(found[activation.accept].logprob, found[activation.refuse].logprob)
 
     async def _answer(
-        self, prompt: Sequence[int], loaded: _Loaded | None, max_tokens: int, draw: SamplingParams
+        self, prompt: Sequence[int], loaded: _Loaded | None, sampling: SamplingParams
     ) -> AsyncIterator[Token]:
         from vllm.sampling_params import RequestOutputKind
 
-        ends: frozenset[int] = frozenset() if draw.ignore_eos else self.eos
+        ends: frozenset[int] = frozenset() if sampling.ignore_eos else self.eos
         params = self._params(
-            max_tokens=max_tokens,
-            temperature=draw.temperature,
-            top_p=draw.top_p,
-            seed=draw.seed,
-            logprobs=draw.logprobs,
-            ignore_eos=draw.ignore_eos,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            logprobs=sampling.logprobs,
+            ignore_eos=sampling.ignore_eos,
             stop_token_ids=sorted(ends),
             output_kind=RequestOutputKind.DELTA,
         )
@@ -312,7 +306,7 @@ class VllmEngine:
             made = output.outputs[0]
             for number, token in enumerate(made.token_ids):
                 if token not in ends:
-                    yield _token(token, made.logprobs[number] if made.logprobs else None, draw.logprobs)
+                    yield _token(token, made.logprobs[number] if made.logprobs else None, sampling.logprobs)
 
     async def _result(self, prompt: Sequence[int], loaded: _Loaded | None, params: Any) -> Any:
         """vLLM's last output for a request."""
