@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -227,3 +228,67 @@ def _events(response: httpx.Response) -> Iterator[Json]:
             raise ServingError(f"the answer broke off: {event['error']['message']}")
         yield event
     raise ServingError(f"{response.url} broke off the answer; see the log of `see serve`")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer.
+
+    Attributes:
+        text: of the answer.
+        answered_by: name of the expert, or `generalist`.
+        finish_reason: `stop` or `length`.
+        trace: the experts that were asked, with P(accept) and threshold of each.
+    """
+
+    text: str
+    answered_by: str
+    finish_reason: str
+    trace: Json
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Client:
+    """A client of one endpoint.
+
+    Args:
+        url: of the endpoint, with or without `/v1`.
+        api_key: sent as `Authorization: Bearer`; `$SEE_API_KEY` if None.
+    """
+
+    def __init__(self, url: str = "http://127.0.0.1:8000", *, api_key: str | None = None):
+        self.url = url
+        self._api_key = api_key if api_key is not None else os.environ.get("SEE_API_KEY")
+
+    def ask(
+        self, prompt: str, *, model: str = "see", max_tokens: int | None = None, temperature: float | None = None
+    ) -> Answer:
+        """Ask for a whole answer; raises as :func:`ask` does.
+
+        Args:
+            prompt: one user message.
+            model: `see` (routed), `see:generalist`, or `see:<expert>`.
+            max_tokens: most tokens of the answer; the endpoint's default if None.
+            temperature: of sampling; the endpoint's default if None.
+        """
+        (piece,) = ask(
+            self.url, prompt, model=model, max_tokens=max_tokens, temperature=temperature,
+            api_key=self._api_key, stream=False,
+        )  # fmt: skip
+        trace = piece.trace or {}
+        return Answer(piece.text, str(trace.get("answered_by")), piece.finish_reason or "stop", trace)
+
+    def stream(self, prompt: str, *, model: str = "see", max_tokens: int | None = None) -> Iterator[Piece]:
+        """The answer piece by piece, as it is generated; raises as :func:`ask` does."""
+        return ask(self.url, prompt, model=model, max_tokens=max_tokens, api_key=self._api_key)
+
+    def route(self, prompt: str) -> Json:
+        """Who would answer `prompt`, and why: `answered_by`, `reason`, and the decisions of the experts asked."""
+        trace: Json = route(self.url, prompt, api_key=self._api_key)["see"]
+        return trace
+
+    def health(self) -> Json:
+        """What is live: sequence version, experts with their thresholds, experts that do not run."""
+        return health(self.url)

@@ -31,6 +31,11 @@ class ApiKeys:
                 raise ConfigError(f"the API key file {file} holds no key; write one a line")
         return cls(filter(None, keys))
 
+    @property
+    def first(self) -> str | None:
+        """One of the keys, for a client of this process; None if the endpoint is open."""
+        return self._keys[0].decode("utf-8") if self._keys else None
+
     def check(self, authorization: str | None) -> None:
         """Raise RequestError (401 `invalid_api_key`) unless the header, decoded as latin-1, is `Bearer <key>`."""
         scheme, _, key = (authorization or "").partition(" ")
