@@ -4,8 +4,8 @@ Random weights in bfloat16 of a Llama shape, random LoRA adapters and random pro
 learned. Neither Ray nor a model hub nor a tokenizer is needed. Times are medians of repeated runs, taken in turns, with
 the device synchronized before and after each; the first run of each warms up and is dropped.
 
-    fit       optimizer steps of see_ray's activated and full form (`fit.local`), and of a plain loop over PEFT and AdamW
-              on the same rows; the activated form reads its prefixes once, before the steps
+    fit       optimizer steps of see_ray's activated and full form (`fit.local`), and of a plain loop over PEFT and
+              AdamW on the same rows; the activated form reads its prefixes once, before the steps
     memory    weights, keys and values, adapters
     routing   milliseconds until it is decided who answers and the first token is there, with N experts:
                   oracle      the caller names the expert: no routing
