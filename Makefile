@@ -74,10 +74,10 @@ reference: setup ## write docs/reference/ from `see --help` and the settings
 
 docs: setup ## build the documentation into site/, warnings are errors
 	@$(PIP) install --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: docs ## show the documentation on 127.0.0.1:8001 and follow its files
-	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
 
 bench: setup ## measure routing and the endpoint; with DATA=folder of SuperNI tasks, fitting and refusal, too
 	$(BIN)/python jobs/benchmarks/routing.py

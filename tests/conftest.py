@@ -56,6 +56,12 @@ def general_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fast_settings() -> list[str]:
+    """Settings for fits that take seconds, as `section.field=value`."""
+    return SETTINGS
+
+
+@pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory, general_file: Path) -> Any:
     """Settings for fast fits, with a store and a port of their own."""
     from see_ray.config import load_config
