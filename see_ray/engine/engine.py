@@ -37,8 +37,9 @@ from see_ray.engine.requests import GenerationRequest, Loaded
 from see_ray.engine.turns import PrefillRequest, ScheduledBatch, left_error, name_of
 from see_ray.errors import ServingError
 from see_ray.models.activation import p_accept
+from see_ray.models.attention_override import supports_packing
 from see_ray.models.base_model import BaseModel, load_model
-from see_ray.models.prefix_kv import Prefix, logits_of, packs
+from see_ray.models.prefix_kv import Prefix, logits_of
 
 T = TypeVar("T")
 
@@ -92,7 +93,7 @@ class EmbeddedEngine:
         self._thread = ThreadPoolExecutor(1, "engine", initializer=os.nice, initargs=(nice,))
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = self._on_thread(lambda: load_model(base, config, chosen))
-        if not packs(self.model):
+        if not supports_packing(self.model):
             raise ServingError(
                 f"{base.name} does not take transformers' attention interface, which the embedded engine needs"
             )

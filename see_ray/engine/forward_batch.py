@@ -20,19 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from see_ray.engine.kernels import kernels
 from see_ray.engine.kv_cache import KVCacheBlock, Slot, joined
 from see_ray.engine.lora import AdapterBank
 from see_ray.errors import ServingError
+from see_ray.models.attention_override import run_packed
 from see_ray.models.prefix_kv import Prefix
 
 MOST_SCORES = 1 << 26
 """Attention scores of branches that are held at the same time (256 MB in float32)."""
-
-_NAME = "see_ray_pass"
 
 
 @dataclass(eq=False)
@@ -98,21 +96,8 @@ class DecodeStep:
 def run(model: Any, bank: AdapterBank, reads: Sequence[PrefillChunk], steps: Sequence[DecodeStep]) -> None:
     """Run one pass; what it gives stands in `reads` and `steps` afterwards."""
     work = _Work(reads, steps, model.device)
-    decoder = model.get_decoder()
-    before = decoder.config._attn_implementation
-    decoder.config._attn_implementation = _NAME
-    try:
-        with bank.applied(work.adapters), kernels(model, len(work.ids)):
-            hidden = decoder(
-                input_ids=torch.tensor([work.ids], device=model.device),
-                position_ids=torch.tensor([work.positions], device=model.device),
-                # Already four-dimensional, so that transformers makes none of its own.
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device),
-                use_cache=False,
-                work=work,
-            ).last_hidden_state[0]
-    finally:
-        decoder.config._attn_implementation = before
+    with bank.applied(work.adapters), kernels(model, len(work.ids)):
+        hidden = run_packed(model, work.ids, torch.tensor(work.positions, device=model.device), work)
     work.finish(hidden)
 
 
@@ -139,10 +124,12 @@ class _Work:
             shelves.setdefault(id(step.slot.shelf), []).append(number)
         self._groups = [_Group.of([steps[n].slot for n in numbers], numbers, device) for numbers in shelves.values()]
 
-    def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
-    ) -> Tensor:
-        """One layer's attention of all tokens; [heads, tokens, head size] in, [tokens, heads, head size] out."""
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+        if unknown:
+            raise ServingError(f"the embedded engine does not know this model's attention ({', '.join(unknown)})")
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        window = kwargs.get("sliding_window")
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
         for group in self._groups:
             group.attend(module.layer_idx, query, key, value, scale, window, out)
@@ -336,17 +323,3 @@ def _over_prefix(
         sums.append(scores.logsumexp(-1))
         made.append(torch.matmul(scores.softmax(-1).to(value.dtype), value))
     return torch.cat(made, dim=1), torch.cat(sums, dim=1)
-
-
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *, work: _Work, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attention of a pass, as transformers calls it: tensors [1, heads, tokens, head size]."""
-    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unknown:
-        raise ServingError(f"the embedded engine does not know this model's attention ({', '.join(unknown)})")
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    return work.attend(module, query[0], key[0], value[0], scale, kwargs.get("sliding_window"))[None], None
-
-
-AttentionInterface.register(_NAME, _attention)

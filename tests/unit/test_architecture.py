@@ -25,7 +25,7 @@ IMPORTS_RAY = {
 IMPORTS_TORCH_AT_ONCE = {
     "engine.engine", "engine.forward_batch", "engine.kernels", "engine.kv_cache", "engine.lora", "engine.prefix_cache",
     "engine.requests", "engine.turns", "engine.vllm.engine", "fit.optimizer_state", "fit.rank_batches", "fit.trainer",
-    "models.prefix_kv",
+    "models.attention_override", "models.prefix_kv",
 }  # fmt: skip
 
 LEFTOVERS = {"utils", "util", "common", "helpers", "helper", "manager", "types", "misc"}

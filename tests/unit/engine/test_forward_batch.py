@@ -13,7 +13,7 @@ from see_ray.engine.forward_batch import DecisionRows, DecodeStep, PrefillChunk,
 from see_ray.engine.kv_cache import SlotPool, of_tokens
 from see_ray.engine.lora import AdapterBank
 from see_ray.errors import ServingError
-from see_ray.models.prefix_kv import Prefix
+from see_ray.models.prefix_kv import Prefix, forward_packed, logits_of, prefill
 
 SHAPE = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -158,6 +158,40 @@ def test_many_rows_are_attended_in_parts(made, monkeypatch):
     go(model, bank, [read])
     for number in range(4):
         assert close(read.branches[0].hidden[number], alone(peft, PROMPT[:7], [10], number + 1))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("activation_tokens", [1, 3, None], ids=["last token", "last tokens", "full form"])
+def test_hidden_states_and_logits_are_those_of_fitting(made, activation_tokens):
+    """The same prompts, adapters and answers through the two forward passes: training's packed rows, and the engine's
+    prefill, decision rows and decode steps."""
+    model, bank, peft = made
+    prompts, answer, slots = [PROMPT, [20, 21, 22, 23]], [30, 31, 32, 33, 34], [2, 4]
+    for prompt, slot in zip(prompts, slots, strict=True):
+        # As fitted: the adapter applies to everything behind the prefix.
+        split = 0 if activation_tokens is None else len(prompt) - activation_tokens
+        with peft[slot].disable_adapter():
+            prefix = prefill(peft[slot].get_base_model(), [prompt[:split]])
+        row = [*prompt[split:], *answer]
+        fitted = forward_packed(peft[slot].get_base_model(), prefix, [row])[-len(answer) - 1 :]
+        # As served: the prompt, a decision row with the first token of the answer, then one token a step.
+        adapted = activation_tokens or 1
+        rows = DecisionRows(len(prompt) - adapted, (*prompt[-adapted:], answer[0]), (slot,))
+        read = PrefillChunk(EMPTY, tuple(prompt[:-1]), slot if activation_tokens is None else 0, (rows,))
+        go(model, bank, [read])
+        place = SlotPool(4096).take(len(prompt) + len(answer), read.prefix.layers)
+        assert place is not None
+        place.append(read.prefix.cut(rows.seen).layers)
+        place.append(rows.layers)
+        states = [rows.hidden[0, -2], rows.hidden[0, -1]]
+        for token in answer[1:]:
+            step = DecodeStep(token, slot, place)
+            go(model, bank, [], [step])
+            states.append(step.hidden)
+        served = torch.stack(states)
+        assert close(served, fitted)
+        assert close(logits_of(model, served), logits_of(peft[slot].get_base_model(), fitted))
+        assert not close(served, alone(peft, prompt[:-1], [prompt[-1], *answer], 0)), "the adapter changes nothing"
 
 
 def test_the_memory_of_a_slot_is_given_only_as_it_is_written_to():
