@@ -39,8 +39,8 @@ def decide(engine, prompt: list[int], experts: list[str]) -> list[float]:
 
 
 def logits(engine, prompt: list[int], expert: str, adapted: bool = True) -> torch.Tensor:
-    loaded = engine._experts[expert]
-    return engine._logits(prompt, loaded, loaded.slot if adapted else 0)
+    loaded = engine._scheduler.experts[expert]
+    return engine._runner.prompt_logits(prompt, loaded, loaded.adapter if adapted else 0)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_deciding_together_is_deciding_alone(engine, contacts):
 def test_deciding_in_batches_is_deciding_one_by_one(engine, tokenizer, mixed_queries):
     prompts = [ids(tokenizer, text) for text in mixed_queries[::17]]
     one_by_one = [decide(engine, prompt, ["dates"])[0] for prompt in prompts]
-    assert engine.decide_batch(prompts, "dates", most=400) == pytest.approx(one_by_one, abs=1e-4)
+    assert engine.decide_batch(prompts, "dates", max_num_batched_tokens=400) == pytest.approx(one_by_one, abs=1e-4)
 
 
 def test_experts_know_their_own_from_what_they_were_shown(engine, tokenizer, tasks):
@@ -135,7 +135,7 @@ def test_a_seed_repeats_a_sampled_answer(engine, tokenizer):
 
 
 def test_an_answer_goes_on_behind_its_end_where_that_is_asked_for(engine, tokenizer):
-    prompt = ids(tokenizer, "GenerationRequest with the single word yes.")
+    prompt = ids(tokenizer, "Answer with the single word yes.")
     ended = asyncio.run(answer(engine, prompt, None, 200))
     assert len(ended) < 200, "this answer was to end by itself"
     longer = asyncio.run(answer(engine, prompt, None, len(ended) + 4, ignore_eos=True))
@@ -189,27 +189,29 @@ MIXED = [
 
 
 def test_answers_of_all_experts_are_written_together_and_as_each_alone(engine, tokenizer, monkeypatch):
-    passes: list[int] = []
-    real = engine._pass
-    monkeypatch.setattr(engine, "_pass", lambda reads, steps: (passes.append(len(steps)), real(reads, steps)))
+    decoded: list[int] = []  # answers of each step
+    forward = engine._runner.forward
+    monkeypatch.setattr(
+        engine._runner, "forward", lambda chunks, steps: (decoded.append(len(steps)), forward(chunks, steps))
+    )
     alone = [asyncio.run(answer(engine, ids(tokenizer, text), who, 12)) for text, who in MIXED]
-    taken_alone = len(passes)
-    passes.clear()
+    steps_alone = len(decoded)
+    decoded.clear()
 
     async def together() -> list[list[int]]:
         return await asyncio.gather(*(answer(engine, ids(tokenizer, text), who, 12) for text, who in MIXED))
 
     assert asyncio.run(together()) == alone
-    assert max(passes) == len([made for made in alone if made])
-    assert len(passes) < taken_alone
+    assert max(decoded) == len([each for each in alone if each])
+    assert len(decoded) < steps_alone
 
 
 def test_a_long_prompt_is_read_beside_an_answer_that_goes_on(engine, tokenizer, monkeypatch):
     """In parts, with the same decision as at once."""
     prompt = ids(tokenizer, "My parcel has not arrived. " * 40)
     at_once = decide(engine, prompt, ["tickets"])
-    engine._prompts.trim()
-    monkeypatch.setattr(engine, "_max_num_batched_tokens", 48)
+    engine._prefix_cache.evict()
+    monkeypatch.setattr(engine._scheduler, "max_num_batched_tokens", 48)
     order: list[str] = []
 
     async def write() -> None:
@@ -226,7 +228,7 @@ def test_a_long_prompt_is_read_beside_an_answer_that_goes_on(engine, tokenizer, 
         return (await asyncio.gather(read(), write()))[0]
 
     in_parts = asyncio.run(both())
-    engine._prompts._kept.clear()
+    engine._prefix_cache.clear()
     monkeypatch.undo()
     assert in_parts == pytest.approx(decide(engine, [*prompt[:3], 7, *prompt[4:]], ["tickets"]), abs=1e-4)
     assert at_once != in_parts
@@ -237,12 +239,12 @@ def test_prompts_that_begin_alike_are_read_once(engine, tokenizer):
     story = "Once upon a time there was a king who had three daughters. " * 4
     first, second = (ids(tokenizer, story + end) for end in ("Who was the king?", "How many daughters were there?"))
     decide(engine, first, ["dates"])
-    before = engine.figures()
+    before = engine.stats()
     decide(engine, second, ["dates"])
-    after = engine.figures()
-    found = after["prefix_tokens_found"] - before["prefix_tokens_found"]
+    after = engine.stats()
+    found = after["prefix_cache_hits"] - before["prefix_cache_hits"]
     assert found >= len(ids(tokenizer, story)) - 8
-    assert after["tokens"] - before["tokens"] == len(second) - 1 - found + 1  # and a row: the last token
+    assert after["num_tokens"] - before["num_tokens"] == len(second) - 1 - found + 1  # and a row: the last token
 
 
 def test_a_decision_after_which_an_answer_follows_here_saves_its_first_pass(engine, tokenizer):
@@ -252,38 +254,42 @@ def test_a_decision_after_which_an_answer_follows_here_saves_its_first_pass(engi
     async def decide_and_answer(prompt, follows) -> None:
         await engine.decide(prompt, ["dates", "tickets"], fallback=follows)
         await answer(engine, prompt, "dates", 1, ignore_eos=True)
-        while engine.figures()["answering"]:  # else the next one would find the engine busy
+        while engine.stats()["num_running"]:  # else the next one would find the engine busy
             await asyncio.sleep(0.01)
 
     for number, follows in itertools.product(range(5), (False, True)):
-        before = engine.figures()
+        before = engine.stats()
         asyncio.run(decide_and_answer(ids(tokenizer, f"Who was the king of spades, {follows}, {number}?"), follows))
-        counts[follows].append(engine.figures()["passes"] - before["passes"])
+        counts[follows].append(engine.stats()["num_steps"] - before["num_steps"])
     # An answer that is over takes part in one more pass if that begins before its reader has noticed.
     assert min(counts[False]) == min(counts[True]) + 1
 
 
 def test_an_answer_for_which_there_is_no_room_waits(engine, tokenizer, monkeypatch):
-    from see_ray.engine.kv_cache import SlotPool
+    from see_ray.engine.kv_cache import KVCache
 
     prompt = ids(tokenizer, "Write a poem about rain.")
     alone = asyncio.run(answer(engine, prompt, None, 20))
-    monkeypatch.setattr(engine, "_pool", SlotPool(512))  # two slots of 256 tokens
-    most: list[int] = []
-    real = engine._pass
-    monkeypatch.setattr(engine, "_pass", lambda reads, steps: (most.append(len(steps)), real(reads, steps)))
+    kv_cache = KVCache(512, engine._runner.example_kv)
+    for owner in (engine._runner, engine._scheduler):  # two slots of 256 tokens
+        monkeypatch.setattr(owner, "kv_cache", kv_cache)
+    decoded: list[int] = []  # answers of each step
+    forward = engine._runner.forward
+    monkeypatch.setattr(
+        engine._runner, "forward", lambda chunks, steps: (decoded.append(len(steps)), forward(chunks, steps))
+    )
 
     async def five() -> list[list[int]]:
         return await asyncio.gather(*(answer(engine, prompt, None, 20) for _ in range(5)))
 
     assert asyncio.run(five()) == [alone] * 5
-    assert max(most) == 2
+    assert max(decoded) == 2
 
 
 def test_an_answer_that_can_never_have_room_is_refused_with_the_setting(engine, tokenizer, monkeypatch):
-    from see_ray.engine.kv_cache import SlotPool
+    from see_ray.engine.kv_cache import KVCache
 
-    monkeypatch.setattr(engine, "_pool", SlotPool(512))
+    monkeypatch.setattr(engine._scheduler, "kv_cache", KVCache(512, engine._runner.example_kv))
     with pytest.raises(ServingError, match="kv_gb"):
         asyncio.run(answer(engine, ids(tokenizer, "Write a poem."), None, 600))
 
@@ -324,7 +330,8 @@ def test_experts_that_come_and_go_do_not_stop_an_answer(engine, experts, config,
 
     try:
         assert asyncio.run(leave()) == whole
-        assert not engine._leaving or (asyncio.run(answer(engine, prompt, None, 2)) and not engine._leaving)
+        registry = engine._scheduler.experts
+        assert not registry.removed or (asyncio.run(answer(engine, prompt, None, 2)) and not registry.removed)
     finally:
         engine.unload("passing")
 
@@ -333,11 +340,11 @@ def test_what_another_engine_has_read_is_gone_on_from(engine, tokenizer, monkeyp
     prompt = ids(tokenizer, "My parcel has not arrived, and nobody answers my letters.")
     arrays = asyncio.run(engine.read(prompt))
     alone = decide(engine, prompt, ["tickets"])
-    engine._prompts._kept.clear()
+    engine._prefix_cache.clear()
     engine.adopt(prompt, arrays)
-    before = engine.figures()["tokens"]
+    before = engine.stats()["num_tokens"]
     assert decide(engine, prompt, ["tickets"]) == pytest.approx(alone, abs=1e-5)
-    assert engine.figures()["tokens"] - before == 1  # the last token
+    assert engine.stats()["num_tokens"] - before == 1  # the last token
 
 
 def test_an_answer_that_is_given_up_leaves(engine, tokenizer):
@@ -346,7 +353,7 @@ def test_an_answer_that_is_given_up_leaves(engine, tokenizer):
         await anext(stream)
         await stream.aclose()
         for _ in range(100):
-            if not engine._answers:
+            if not engine._scheduler.running:
                 return
             await asyncio.sleep(0.1)
         raise AssertionError("it is still being written")
@@ -363,11 +370,11 @@ def test_an_answer_longer_than_its_first_room_is_as_transformers_writes_it(engin
 
 
 def test_kept_prefixes_are_bounded(engine, tokenizer, monkeypatch):
-    monkeypatch.setattr(engine._prompts, "room", 100)
+    monkeypatch.setattr(engine._prefix_cache, "capacity", 100)
     for number in range(8):
         decide(engine, ids(tokenizer, f"Question number {number}"), ["dates"])
-        kept = list(engine._prompts)
-        assert sum(prompt.size for prompt in kept[:-1]) <= 100
+        cached = list(engine._prefix_cache)
+        assert sum(prompt.num_tokens for prompt in cached[:-1]) <= 100
 
 
 def test_a_full_form_expert_reads_the_whole_prompt_by_itself(engine, experts, config, base, tokenizer):
