@@ -134,7 +134,7 @@ def test_a_seed_repeats_a_sampled_answer(engine, tokenizer):
     assert first == again != other
 
 
-def test_an_answer_goes_on_behind_its_end_where_that_is_asked_for(engine, tokenizer):
+def test_ignore_eos_continues_behind_the_end(engine, tokenizer):
     prompt = ids(tokenizer, "Answer with the single word yes.")
     ended = asyncio.run(answer(engine, prompt, None, 200))
     assert len(ended) < 200, "this answer was to end by itself"
@@ -145,7 +145,7 @@ def test_an_answer_goes_on_behind_its_end_where_that_is_asked_for(engine, tokeni
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
-def test_only_the_thread_that_computes_is_nice(base, config):
+def test_only_the_worker_thread_is_nice(base, config):
     engine = EmbeddedEngine(base, config.base_model, nice=3)
     own = os.getpriority(os.PRIO_PROCESS, 0)
     assert engine._on_thread(lambda: os.getpriority(os.PRIO_PROCESS, 0)) == own + 3
@@ -188,7 +188,7 @@ MIXED = [
 ]
 
 
-def test_answers_of_all_experts_are_written_together_and_as_each_alone(engine, tokenizer, monkeypatch):
+def test_answers_of_all_experts_run_together_and_are_as_each_alone(engine, tokenizer, monkeypatch):
     decoded: list[int] = []  # answers of each step
     forward = engine._runner.forward
     monkeypatch.setattr(
@@ -206,8 +206,8 @@ def test_answers_of_all_experts_are_written_together_and_as_each_alone(engine, t
     assert len(decoded) < steps_alone
 
 
-def test_a_long_prompt_is_read_beside_an_answer_that_goes_on(engine, tokenizer, monkeypatch):
-    """In parts, with the same decision as at once."""
+def test_a_long_prompt_is_prefilled_beside_a_running_answer(engine, tokenizer, monkeypatch):
+    """In chunks, with the same decision as at once."""
     prompt = ids(tokenizer, "My parcel has not arrived. " * 40)
     at_once = decide(engine, prompt, ["tickets"])
     engine._prefix_cache.evict()
@@ -227,15 +227,15 @@ def test_a_long_prompt_is_read_beside_an_answer_that_goes_on(engine, tokenizer, 
     async def both() -> list[float]:
         return (await asyncio.gather(read(), write()))[0]
 
-    in_parts = asyncio.run(both())
+    in_chunks = asyncio.run(both())
     engine._prefix_cache.clear()
     monkeypatch.undo()
-    assert in_parts == pytest.approx(decide(engine, [*prompt[:3], 7, *prompt[4:]], ["tickets"]), abs=1e-4)
-    assert at_once != in_parts
+    assert in_chunks == pytest.approx(decide(engine, [*prompt[:3], 7, *prompt[4:]], ["tickets"]), abs=1e-4)
+    assert at_once != in_chunks
     assert order.index("decision") > 1
 
 
-def test_prompts_that_begin_alike_are_read_once(engine, tokenizer):
+def test_prompts_that_begin_alike_are_prefilled_once(engine, tokenizer):
     story = "Once upon a time there was a king who had three daughters. " * 4
     first, second = (ids(tokenizer, story + end) for end in ("Who was the king?", "How many daughters were there?"))
     decide(engine, first, ["dates"])
@@ -247,21 +247,21 @@ def test_prompts_that_begin_alike_are_read_once(engine, tokenizer):
     assert after["num_tokens"] - before["num_tokens"] == len(second) - 1 - found + 1  # and a row: the last token
 
 
-def test_a_decision_after_which_an_answer_follows_here_saves_its_first_pass(engine, tokenizer):
-    """All who are asked also read their indicators then, which takes tokens but no pass."""
+def test_a_decision_with_fallback_saves_the_answers_first_step(engine, tokenizer):
+    """All experts also run their indicators then, which takes tokens but no step."""
     counts: dict[bool, list[int]] = {False: [], True: []}
 
     async def decide_and_answer(prompt, follows) -> None:
         await engine.decide(prompt, ["dates", "tickets"], fallback=follows)
         await answer(engine, prompt, "dates", 1, ignore_eos=True)
-        while engine.stats()["num_running"]:  # else the next one would find the engine busy
+        while engine.stats()["num_running"]:  # else the engine would not be idle for the next one
             await asyncio.sleep(0.01)
 
     for number, follows in itertools.product(range(5), (False, True)):
         before = engine.stats()
         asyncio.run(decide_and_answer(ids(tokenizer, f"Who was the king of spades, {follows}, {number}?"), follows))
         counts[follows].append(engine.stats()["num_steps"] - before["num_steps"])
-    # An answer that is over takes part in one more pass if that begins before its reader has noticed.
+    # An answer that has ended takes part in one more step if that is scheduled before its reader has noticed.
     assert min(counts[False]) == min(counts[True]) + 1
 
 
@@ -319,14 +319,14 @@ def test_experts_that_come_and_go_do_not_stop_an_answer(engine, experts, config,
     whole = asyncio.run(answer(engine, prompt, "passing", 12))
 
     async def leave() -> list[int]:
-        made = []
+        token_ids = []
         async for token in engine.generate(request(prompt, "passing", 12)):
-            made.append(token.id)
-            if len(made) == 1:
+            token_ids.append(token.id)
+            if len(token_ids) == 1:
                 await asyncio.to_thread(engine.unload, "passing")
                 again = Expert("passing", folder, activation_of_manifest(manifest))
                 await asyncio.to_thread(engine.load, again)
-        return made
+        return token_ids
 
     try:
         assert asyncio.run(leave()) == whole
@@ -336,7 +336,7 @@ def test_experts_that_come_and_go_do_not_stop_an_answer(engine, experts, config,
         engine.unload("passing")
 
 
-def test_what_another_engine_has_read_is_gone_on_from(engine, tokenizer, monkeypatch):
+def test_a_decision_continues_from_the_prefix_of_another_engine(engine, tokenizer, monkeypatch):
     prompt = ids(tokenizer, "My parcel has not arrived, and nobody answers my letters.")
     arrays = asyncio.run(engine.read(prompt))
     alone = decide(engine, prompt, ["tickets"])
@@ -347,7 +347,7 @@ def test_what_another_engine_has_read_is_gone_on_from(engine, tokenizer, monkeyp
     assert engine.stats()["num_tokens"] - before == 1  # the last token
 
 
-def test_an_answer_that_is_given_up_leaves(engine, tokenizer):
+def test_an_answer_that_is_abandoned_ends(engine, tokenizer):
     async def give_up() -> None:
         stream = engine.generate(request(ids(tokenizer, "Write a poem about rain."), None, 1000))
         await anext(stream)
@@ -356,12 +356,12 @@ def test_an_answer_that_is_given_up_leaves(engine, tokenizer):
             if not engine._scheduler.running:
                 return
             await asyncio.sleep(0.1)
-        raise AssertionError("it is still being written")
+        raise AssertionError("it is still running")
 
     asyncio.run(give_up())
 
 
-def test_an_answer_longer_than_its_first_room_is_as_transformers_writes_it(engine, config, base, tokenizer):
+def test_a_long_answer_is_as_transformers_writes_it(engine, config, base, tokenizer):
     prompt = ids(tokenizer, "Count from one to one hundred.")
     model = load_model(base, config.base_model)
     theirs = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=150, do_sample=False)[0, len(prompt) :]
@@ -369,7 +369,7 @@ def test_an_answer_longer_than_its_first_room_is_as_transformers_writes_it(engin
     assert ours == [token for token in theirs.tolist() if token not in engine.eos]
 
 
-def test_kept_prefixes_are_bounded(engine, tokenizer, monkeypatch):
+def test_cached_prompts_are_bounded(engine, tokenizer, monkeypatch):
     monkeypatch.setattr(engine._prefix_cache, "capacity", 100)
     for number in range(8):
         decide(engine, ids(tokenizer, f"Question number {number}"), ["dates"])
@@ -377,7 +377,7 @@ def test_kept_prefixes_are_bounded(engine, tokenizer, monkeypatch):
         assert sum(prompt.num_tokens for prompt in cached[:-1]) <= 100
 
 
-def test_a_full_form_expert_reads_the_whole_prompt_by_itself(engine, experts, config, base, tokenizer):
+def test_a_full_form_expert_applies_to_the_whole_prompt(engine, experts, config, base, tokenizer):
     """The same weights applied from the first token on decide as PEFT's plain LoRA does."""
     from peft import PeftModel
 
