@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from see_ray.cli.main import base_model_option, configured, run
+from see_ray.cli.options import base_model_option, configured
+from see_ray.cli.run import run
 
 if TYPE_CHECKING:
     from see_ray.config import Config
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 def main(config: Config, stopping: bool) -> None:
     """Serve the live experts behind one OpenAI-compatible endpoint."""
     from see_ray import cluster
-    from see_ray.cli import render
+    from see_ray.cli.progress_bar import TerminalListener
     from see_ray.serving import endpoint
 
     cluster.check_submitted(config)
-    with render.TerminalListener() as listener:
+    with TerminalListener() as listener:
         cluster.connect()
         if stopping:
             return endpoint.stop()

@@ -30,7 +30,8 @@ import click
 import httpx
 
 from see_ray import cluster
-from see_ray.cli.render import TerminalListener, table
+from see_ray.cli.progress_bar import TerminalListener
+from see_ray.cli.render import table
 from see_ray.config import Config, load_config
 from see_ray.models.activation import activation_of, encode_prompt
 from see_ray.models.base_model import find, load_model, load_tokenizer

@@ -26,7 +26,8 @@ from typing import Any
 import click
 
 from see_ray import cluster
-from see_ray.cli.render import TerminalListener, table
+from see_ray.cli.progress_bar import TerminalListener
+from see_ray.cli.render import table
 from see_ray.config import Config, load_config
 from see_ray.data.reconstruct import Example
 from see_ray.data.task import read_task

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from see_ray import cluster
-from see_ray.cli.render import TerminalListener
+from see_ray.cli.progress_bar import TerminalListener
 from see_ray.evaluate.baselines.compare import compare
 from see_ray.evaluate.baselines.methods import METHODS
 from see_ray.evaluate.baselines.plan import DEMO_TASKS, ORDERS, Plan

@@ -17,7 +17,8 @@ from pathlib import Path
 import click
 
 from see_ray import client, cluster
-from see_ray.cli.render import TerminalListener, table
+from see_ray.cli.progress_bar import TerminalListener
+from see_ray.cli.render import table
 from see_ray.config import load_config
 from see_ray.data.task import read_task
 from see_ray.pipeline import Source, learn

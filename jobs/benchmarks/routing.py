@@ -37,7 +37,8 @@ from typing import Any, TypeVar
 
 import click
 
-from see_ray.cli.render import TerminalListener, table
+from see_ray.cli.progress_bar import TerminalListener
+from see_ray.cli.render import table
 from see_ray.config import Config, load_config
 from see_ray.engine.engine import EmbeddedEngine
 from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from see_ray.cli.main import configured, run
+from see_ray.cli.options import configured
+from see_ray.cli.run import run
 
 if TYPE_CHECKING:
     from see_ray.config import Config
@@ -37,7 +38,7 @@ def main(config: Config, profiles: str, topologies: str, policies: str, **size: 
     from loadtest.experiment import POLICIES, Scene, experiment
     from loadtest.report import as_table
 
-    from see_ray.cli.render import TerminalListener
+    from see_ray.cli.progress_bar import TerminalListener
 
     chosen = [POLICIES[name] for name in policies.split(",")]
     scenes = [Scene.of(text) for text in profiles.split(",")]
