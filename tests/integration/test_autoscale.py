@@ -1,26 +1,22 @@
-"""What the experiments ask, which policies they know, and the times that the model works with."""
+"""The load of the experiments, at a real endpoint, and the service times that the simulation works with."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from dataclasses import replace
 
 import psutil
 import pytest
-from loadtest.experiment import POLICIES, Scene, draws
+from loadtest.experiment import draws
+from loadtest.generator import Arrival, arrivals, offer
+from loadtest.report import quantile
 from loadtest.service_times import measure, of_endpoint
 from loadtest.simulation import Design, Times
 
-from see_ray.config import load_config
 from see_ray.errors import ConfigError, ServingError
 from see_ray.store.expert_store import ExpertStore
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_a_policys_settings_exist(name):
-    serve = load_config(None, list(POLICIES[name].settings)).serve
-    assert serve.min_replicas <= serve.max_replicas
 
 
 def test_queries_are_of_every_live_expert_and_of_nobody(config, experts):
@@ -46,18 +42,6 @@ def test_skewed_load_asks_most_for_the_newest(config, experts):
 def test_who_is_not_live_cannot_be_hot(config, experts):
     with pytest.raises(ConfigError, match="no expert nobody"):
         draws(ExpertStore.open(config.store.url), "nobody")
-
-
-def test_a_scene_is_read_from_a_line():
-    assert Scene.of("spike:20@dates+learn") == Scene("spike:20@dates+learn", "spike", 20.0, "dates", True)
-    assert Scene.of("step") == Scene("step", "step", None, None, False)
-    assert Scene.of("spike:20@dates+learn").file == "spike-20-dates-learn"
-
-
-@pytest.mark.parametrize("text", ["spike:", "spike:x", "nothing", "step+fit", ""])
-def test_what_is_no_scene_is_refused(text):
-    with pytest.raises(ConfigError, match=r"profile"):
-        Scene.of(text)
 
 
 def test_no_query_comes_twice(config, experts):
@@ -98,3 +82,20 @@ def test_without_an_expert_there_is_nothing_to_measure(config, tmp_path):
     empty = config.model_copy(update={"store": config.store.model_copy(update={"url": str(tmp_path)})})
     with pytest.raises(ServingError, match="see learn"):
         measure(empty, ["a", "b"], tokens=4, start=0, node=0)
+
+
+def test_a_spike_is_served_in_time_or_refused_at_once(endpoint, config):
+    coming = arrivals(lambda t: 80, 3, lambda t, chance: ("general", f"What is {chance.randrange(999)} plus one?"))
+    warm_up = asyncio.run(offer(endpoint, [Arrival(0, "k", "Hello"), Arrival(1, "k", "Hi")], max_tokens=2))
+    assert {o.status for o in warm_up} == {200}
+    outcomes = asyncio.run(offer(endpoint, coming, max_tokens=2))
+    served = [o.seconds for o in outcomes if o.status == 200]
+    refused = [o for o in outcomes if o.status == 429]
+    assert len(served) + len(refused) == len(outcomes)
+    assert len(served) >= 10
+    assert len(refused) > len(outcomes) / 6
+    assert all(o.retry_after and o.retry_after >= 1 for o in refused)
+    assert quantile([o.seconds for o in refused], 0.5) < 2  # on two cores, which those that are served compute on
+    assert max(served) < 3 * config.serve.max_wait_s
+    (after,) = asyncio.run(offer(endpoint, [Arrival(0, "k", "Hello again")], max_tokens=2))
+    assert after.status == 200
