@@ -26,7 +26,7 @@ def waited(count):
 
 with FakeCluster({"CPU": 1}, 2, idle_s=3) as cluster:
     ray.init(address=cluster.address, log_to_driver=False)
-    seen = [nodes()]
+    counts = [nodes()]
     go = pathlib.Path(sys.argv[1])
 
     def work():
@@ -34,14 +34,14 @@ with FakeCluster({"CPU": 1}, 2, idle_s=3) as cluster:
             time.sleep(0.1)
 
     pending = [ray.remote(num_cpus=1)(work).remote() for _ in range(2)]
-    seen.append(waited(2))
+    counts.append(waited(2))
     go.touch()
     ray.get(pending)
-    seen.append(waited(0))
+    counts.append(waited(0))
     folder = str(cluster._folder)
     ray.shutdown()
 left = [p.pid for p in psutil.process_iter(["cmdline"]) if folder in " ".join(p.info["cmdline"] or [])]
-print(seen, left)
+print(counts, left)
 """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from loadtest.experiment import POLICIES, Scene
+from loadtest.scenario import POLICIES, Scenario
 
 from see_ray.config import load_config
 from see_ray.errors import ConfigError
@@ -16,12 +16,12 @@ def test_a_policys_settings_exist(name):
 
 
 def test_a_scene_is_read_from_a_line():
-    assert Scene.of("spike:20@dates+learn") == Scene("spike:20@dates+learn", "spike", 20.0, "dates", True)
-    assert Scene.of("step") == Scene("step", "step", None, None, False)
-    assert Scene.of("spike:20@dates+learn").file == "spike-20-dates-learn"
+    assert Scenario.parse("spike:20@dates+learn") == Scenario("spike:20@dates+learn", "spike", 20.0, "dates", True)
+    assert Scenario.parse("step") == Scenario("step", "step", None, None, False)
+    assert Scenario.parse("spike:20@dates+learn").file_name == "spike-20-dates-learn"
 
 
 @pytest.mark.parametrize("text", ["spike:", "spike:x", "nothing", "step+fit", ""])
 def test_what_is_no_scene_is_refused(text):
     with pytest.raises(ConfigError, match=r"profile"):
-        Scene.of(text)
+        Scenario.parse(text)
