@@ -11,6 +11,9 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "jobs" / "experiments")])}
+"""`loadtest` is found beside a script in jobs/experiments, but not from `python -c`."""
+
 SCRIPT = """
 import pathlib, sys, time, ray, psutil
 from loadtest.fake_cluster import FakeCluster
@@ -50,7 +53,7 @@ def test_nodes_come_with_demand_go_when_idle_and_leave_nothing_behind(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, tmp_path / "go"],
         cwd=ROOT,
-        env=os.environ,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=240,
@@ -68,10 +71,16 @@ with FakeCluster({"CPU": 1}, 1) as cluster:
     time.sleep(600)
 """
     with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as process:
         assert process.stdout is not None
         folder = process.stdout.readline().strip()
+        assert folder
         assert Path(folder).is_dir()
         process.terminate()
         assert process.wait(timeout=60) != 0
