@@ -1,7 +1,7 @@
-"""Learn tasks one after another on a running cluster; what is live already is not learned again.
+"""Learn tasks one after another on a running cluster; tasks that are live already are passed over.
 
-So the same submission goes on after `ray job stop` or a crash: finished tasks are passed over, and a
-broken-off fit continues from its last checkpoint. Exit code 0 once every task is live.
+So the same submission continues after `ray job stop` or a crash: finished tasks are passed over, and an interrupted fit
+continues from its last checkpoint. Exit code 0 once every task is live.
 
     ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
         python jobs/learn.py s3://bucket/tickets.jsonl s3://bucket/dates.jsonl --store s3://bucket/experts

@@ -1,7 +1,7 @@
 """Load profiles against scaling policies, on a cluster of this machine whose nodes come and go.
 
-The real Ray autoscaler with processes as nodes, on an address of its own; the experts of an existing store. Writes CSV,
-plots and summary.json to --out, and prints a table. Results: docs/autoscaling.md.
+The real Ray autoscaler with processes as nodes; the experts of an existing store. Writes CSV, plots and summary.json to
+--out, and prints a table. Results: docs/autoscaling.md.
 
     python jobs/experiments/autoscale.py --store EXPERTS --profiles step,spike:40,step@skewed --out autoscale
 """
@@ -31,9 +31,7 @@ PROFILES = "step,ramp,spike:40,diurnal,idle,step@skewed,steady+learn"
 @click.option("--seconds", default=60.0, show_default=True, help="Length of each profile.")
 @click.option("--node-cpus", default=1.0, show_default=True, help="CPUs of a worker node, as Ray counts them.")
 @click.option("--max-nodes", default=8, show_default=True, help="Most worker nodes.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="autoscale", show_default=True, help="Folder of the results."
-)
+@click.option("--out", type=click.Path(path_type=Path), default="autoscale", show_default=True, help="Folder.")
 @configured
 def main(config: Config, profiles: str, topologies: str, policies: str, **size: Any) -> None:
     """Run every profile at every topology and policy."""
@@ -43,10 +41,10 @@ def main(config: Config, profiles: str, topologies: str, policies: str, **size: 
 
     from see_ray.cli.progress_bar import TerminalListener
 
-    chosen = [POLICIES[name] for name in policies.split(",")]
-    scenarios = [Scenario.parse(text) for text in profiles.split(",")]
+    scaling = [POLICIES[name] for name in policies.split(",")]
+    load = [Scenario.parse(text) for text in profiles.split(",")]
     with TerminalListener() as listener:
-        summaries = run_experiment(config, Experiment(**size), topologies.split(","), chosen, scenarios, listener)
+        summaries = run_experiment(config, Experiment(**size), topologies.split(","), scaling, load, listener)
     click.echo(summary_table(summaries))
 
 
