@@ -17,6 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from see_ray.errors import ConfigError
 
 
+class RenamedSettingWarning(FutureWarning):
+    """A setting is given by its old name. The command line shows it as one line."""
+
+
 class Section(BaseModel):
     """One section: frozen, unknown keys refused, old names of settings read with a warning."""
 
@@ -36,7 +40,8 @@ class Section(BaseModel):
                 continue
             if new in data:
                 raise ValueError(f"{old} is the old name of {new}; both are set, remove {old}")
-            warnings.warn(f"the setting {old} is now called {new}; {old} is read until version 0.3", FutureWarning, 2)
+            text = f"the setting {old} is now called {new}; {old} is read until version 0.3"
+            warnings.warn(text, RenamedSettingWarning, stacklevel=2)
             data[new] = data.pop(old)
         return data
 
