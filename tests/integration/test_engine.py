@@ -338,10 +338,10 @@ def test_experts_that_come_and_go_do_not_stop_an_answer(engine, experts, config,
 
 def test_a_decision_continues_from_the_prefix_of_another_engine(engine, tokenizer, monkeypatch):
     prompt = ids(tokenizer, "My parcel has not arrived, and nobody answers my letters.")
-    arrays = asyncio.run(engine.read(prompt))
+    arrays = asyncio.run(engine.export_prefix(prompt))
     alone = decide(engine, prompt, ["tickets"])
     engine._prefix_cache.clear()
-    engine.adopt(prompt, arrays)
+    engine.import_prefix(prompt, arrays)
     before = engine.stats()["num_tokens"]
     assert decide(engine, prompt, ["tickets"]) == pytest.approx(alone, abs=1e-5)
     assert engine.stats()["num_tokens"] - before == 1  # the last token

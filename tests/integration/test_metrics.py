@@ -40,7 +40,7 @@ def test_a_name_says_its_kind_and_unit(name):
     kind = METRICS[name].kind
     assert re.fullmatch(r"see_[a-z_]+", name)
     assert name.endswith("_total") == (kind == "counter")
-    assert bool(METRICS[name].bounds) == (kind == "histogram")
+    assert bool(METRICS[name].boundaries) == (kind == "histogram")
 
 
 def test_the_texts_of_several_nodes_make_one_that_prometheus_reads():

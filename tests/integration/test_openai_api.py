@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from see_ray.engine.interface import TokenText
+from see_ray.engine.interface import SamplingParams, TokenText
 from see_ray.errors import ConfigError, RequestError
 from see_ray.serving import openai_requests
 from see_ray.serving.api_keys import ApiKeys
@@ -23,7 +23,6 @@ from see_ray.serving.openai_requests import (
     ChatRequest,
     CompletionRequest,
     RouteRequest,
-    Sampling,
     Target,
     parse,
     parse_model,
@@ -59,6 +58,11 @@ def chat(**fields) -> ChatRequest:
 
 def completion(**fields) -> CompletionRequest:
     return parse(CompletionRequest, json.dumps({"model": "see", "prompt": "Hi", **fields}).encode(), LIMIT)
+
+
+def sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
+    """Of a server that samples at temperature 0.25 by default."""
+    return request.to_sampling_params(request.token_limit or 16, 0.25)
 
 
 def refused(call, *args, **fields) -> RequestError:
@@ -219,26 +223,27 @@ def test_an_answer_can_be_sent_back_as_history():
 
 def test_sampling_fields_arrive():
     request = chat(max_tokens=7, temperature=0.5, top_p=0.9, stop=["a", "b"], seed=-3)
-    assert request.sampling() == Sampling(7, 0.5, 0.9, ("a", "b"), -3)
-    assert chat(ignore_eos=True).sampling().ignore_eos
+    assert sampling(request) == SamplingParams(7, 0.5, 0.9, ("a", "b"), -3)
+    assert sampling(chat(ignore_eos=True)).ignore_eos
 
 
 @pytest.mark.parametrize("request_of", [chat, completion])
 def test_sampling_left_out_is_the_servers_default(request_of):
-    assert request_of().sampling() == Sampling(None, None, 1.0, (), None)
+    assert request_of().token_limit is None
+    assert sampling(request_of()) == SamplingParams(16, 0.25, 1.0, (), None)
 
 
 def test_an_integer_is_a_number():
-    assert chat(temperature=1, top_p=1).sampling().temperature == 1.0
+    assert sampling(chat(temperature=1, top_p=1)).temperature == 1.0
 
 
 def test_one_stop_string_is_a_list_of_one():
-    assert chat(stop="###").sampling().stop == ("###",)
+    assert sampling(chat(stop="###")).stop == ("###",)
 
 
 @pytest.mark.parametrize("fields", [{"max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 5}])
 def test_max_completion_tokens_limits_the_answer(fields):
-    assert chat(**fields).sampling().max_tokens == 5
+    assert chat(**fields).token_limit == 5
 
 
 def test_two_different_limits_are_refused():
@@ -361,6 +366,14 @@ def test_log_probabilities_of_a_completion_say_where_each_token_begins():
     assert (parsed.tokens, parsed.text_offset, parsed.token_logprobs) == (["Par", "is"], [4, 7], [-0.5, -0.5])
 
 
+@pytest.mark.parametrize(
+    ("request_", "count"),
+    [(chat(), None), (chat(logprobs=True), 0), (chat(logprobs=True, top_logprobs=3), 3), (completion(logprobs=2), 2)],
+)
+def test_log_probabilities_are_asked_for_in_two_ways(request_, count):
+    assert sampling(request_).logprobs == count
+
+
 def test_top_logprobs_without_logprobs_are_refused():
     assert refused(chat, top_logprobs=3).param == "top_logprobs"
 
@@ -408,6 +421,7 @@ def test_requests_survive_pickling():
 @pytest.mark.parametrize("prompt", ["Hi", ["Hi"]])
 def test_a_prompt_is_one_string(prompt):
     assert completion(prompt=prompt).prompt == "Hi"
+    assert completion(prompt=prompt).chat() == [USER]
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [], "", [""], 5, {"text": "a"}])
@@ -436,7 +450,7 @@ def route(**fields) -> RouteRequest:
 def test_a_route_takes_messages_or_a_prompt():
     assert route(messages=[USER]).chat() == [USER]
     assert route(prompt="Hi").prompt == "Hi"
-    assert route(prompt="Hi").chat() is None
+    assert route(prompt="Hi").chat() == [USER]
 
 
 def test_a_route_asks_the_chain_where_it_names_no_model():

@@ -17,7 +17,7 @@ from see_ray.models.activation import encode_prompt
 from see_ray.models.base_model import load_model
 from see_ray.routing.chain import ChainEntry, walk
 from see_ray.serving import endpoint
-from see_ray.serving.deployer import app_name
+from see_ray.serving.app_names import expert_app
 from see_ray.store.expert_store import ExpertStore
 
 LIVE_WITHIN_S = 15
@@ -196,7 +196,7 @@ def test_a_named_expert_is_not_asked(endpoint):
 def test_lookahead_changes_no_outcome(endpoint, config, experts, tokenizer, mixed_queries):
     from ray import serve
 
-    handles = {manifest.name: serve.get_app_handle(app_name(manifest.ref)) for manifest in experts.live}
+    handles = {manifest.name: serve.get_app_handle(expert_app(manifest.ref)) for manifest in experts.live}
     links = [ChainEntry(manifest.name, manifest.threshold) for manifest in reversed(experts.live)]
 
     async def outcome(text: str, lookahead: int) -> tuple:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from see_ray.config import BaseModelConfig
-from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams, Token
+from see_ray.engine.interface import Expert, GenerateRequest, PrefixArrays, SamplingParams, Token
 from see_ray.engine.lora import read_adapter
 from see_ray.engine.vllm.plugin import ACTIVATION_POINT, WorkerExtension, problem
 from see_ray.errors import ServingError
@@ -41,6 +41,8 @@ CPU_BLOCK = 32
 
 CPU_KV_BYTES = 2 << 30
 """Memory for keys and values on the CPU, where nothing else is said. vLLM would take nine tenths of all there is."""
+
+PREFIXES_STAY = "the vLLM engine cannot hand on keys and values between replicas; each replica computes its own"
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,10 @@ class VllmEngine:
             raise
         self._block = self._llm.vllm_config.cache_config.block_size
 
-    @property
-    def running(self) -> bool:
-        """Whether vLLM's processes are there; once they are not, this engine must be made anew."""
-        return not self._llm.errored
+    def check_health(self) -> None:
+        """Raise ServingError if vLLM's processes have ended; this engine must then be created anew."""
+        if self._llm.errored:
+            raise ServingError("vLLM's processes have ended; their log says why")
 
     def close(self) -> None:
         """End vLLM's processes; again changes nothing."""
@@ -269,6 +271,22 @@ class VllmEngine:
                 yield token
         finally:
             pumping.cancel()  # vLLM gives up the request, if it is not over
+
+    async def export_prefix(self, prompt: Sequence[int]) -> PrefixArrays:
+        """Not supported.
+
+        Raises:
+            ServingError: always.
+        """
+        raise ServingError(PREFIXES_STAY)
+
+    def import_prefix(self, prompt: Sequence[int], arrays: PrefixArrays) -> None:
+        """Not supported.
+
+        Raises:
+            ServingError: always.
+        """
+        raise ServingError(PREFIXES_STAY)
 
     # --- on vLLM's event loop ---------------------------------------------------------------
 
