@@ -17,7 +17,6 @@ from see_ray.serving.api_keys import ApiKeys
 from see_ray.serving.app_names import ENSEMBLE_APP
 from see_ray.serving.endpoint import ingress_app
 from see_ray.serving.ensemble import Ensemble, ensemble_app
-from see_ray.serving.live import Live
 from see_ray.serving.topology import PerExpert, Shared
 from see_ray.store.expert_store import ExpertStore
 
@@ -88,13 +87,6 @@ async def test_a_replica_that_has_just_started_waits_until_it_knows_the_experts(
     assert trace.sequence_version == ExpertStore.open(config.store.url).head().version
     assert [asked.expert for asked in trace.asked] == ["dates", "tickets"]
     replica._following.cancel()
-
-
-def test_a_replica_that_knows_nothing_yet_does_not_make_others_forget():
-    known = Live(3)
-    assert Live().or_earlier(known) is known
-    assert Live(4).or_earlier(known).version == 4
-    assert Live().or_earlier(Live()).version == -1
 
 
 def test_both_topologies_answer_alike(outcomes):
