@@ -61,9 +61,7 @@ METRICS = {
     "see_live_experts": Metric("gauge", "Experts that are live."),
     "see_failed_experts": Metric("gauge", "Experts of the live version that could not start."),
     # the engine, in a replica
-    "see_prefix_tokens_total": Metric(
-        "counter", "Prompt tokens, cached (hit) or not (miss).", ("expert", "result")
-    ),
+    "see_prefix_tokens_total": Metric("counter", "Prompt tokens, cached (hit) or not (miss).", ("expert", "result")),
     "see_batch_rows": Metric("histogram", "Answers decoded in one step of the scheduler.", ("expert",), ROWS),
     # a fit, in the process that started it
     "see_fit_progress_ratio": Metric("gauge", "Share of the fit's steps that are done.", ("task",)),
