@@ -109,7 +109,7 @@ class _TimedEngine:
     def __init__(self, config: Config):
         from see_ray.engine.engine import EmbeddedEngine
         from see_ray.engine.interface import Expert
-        from see_ray.serving.replica import activation_of_manifest
+        from see_ray.store.expert_files import activation_of_manifest
 
         store = ExpertStore.open(config.store.url)
         if not (live := store.head().experts):
