@@ -161,7 +161,8 @@ class _TimedEngine:
         """Seconds to take over another replica's keys and values of a prompt."""
         arrays = asyncio.run(self._engine.export_prefix(prompt))
         return _median_s(
-            lambda prompt: self._engine.import_prefix(prompt, pickle.loads(pickle.dumps(arrays, protocol=5))), [prompt] * 20
+            lambda prompt: self._engine.import_prefix(prompt, pickle.loads(pickle.dumps(arrays, protocol=5))),
+            [prompt] * 20,
         )
 
 
