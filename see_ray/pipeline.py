@@ -179,11 +179,11 @@ class _FitListener(fitting.Listener):
 
     def progress(self, progress: Progress) -> None:
         if progress.phase == "fit":
-            metrics.show("see_fit_progress_ratio", progress.done / max(1, progress.total), task=self._task)
+            metrics.set_gauge("see_fit_progress_ratio", progress.done / max(1, progress.total), task=self._task)
             if progress.loss is not None:
-                metrics.show("see_fit_loss", progress.loss, task=self._task)
+                metrics.set_gauge("see_fit_loss", progress.loss, task=self._task)
             if progress.tokens_per_s is not None:
-                metrics.show("see_fit_tokens_per_second", progress.tokens_per_s, task=self._task)
+                metrics.set_gauge("see_fit_tokens_per_second", progress.tokens_per_s, task=self._task)
             loss = "" if progress.loss is None else f"loss {progress.loss:.3f}"
             rate = "" if progress.tokens_per_s is None else f"{progress.tokens_per_s:.0f} tokens/s"
             self._listener.progress("fitting", progress.done, progress.total, f"{loss}, {rate}")

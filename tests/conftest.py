@@ -199,7 +199,7 @@ def engine(config: Any, base: Any, experts: Fitted) -> Any:
     """An engine in this process with all three experts."""
     from see_ray.engine.engine import EmbeddedEngine
     from see_ray.engine.interface import Expert
-    from see_ray.serving.replica import activation_of_manifest
+    from see_ray.store.expert_files import activation_of_manifest
     from see_ray.store.expert_store import ExpertStore
 
     engine = EmbeddedEngine(base, config.base_model)

@@ -208,7 +208,7 @@ async def whole_walks(config: Config, options: Options, listener: TerminalListen
         for prefix in ("shared", "alone")
     }
     live = await next(iter(topologies.values())).live()
-    live = live.with_(experts=tuple(replace(expert, threshold=2.0) for expert in live.experts))  # none accepts
+    live = replace(live, experts=tuple(replace(expert, threshold=2.0) for expert in live.experts))  # none accepts
     tokenizer, rows = load_tokenizer(find(config.base_model)), []
     for words in options.walks:
         times: dict[tuple[int, str], list[float]] = {variant: [] for variant in topologies}

@@ -76,7 +76,7 @@ def decide(
     """Decisions of the live experts on the queries of each task, and the experts' thresholds."""
     from see_ray.engine.engine import EmbeddedEngine
     from see_ray.engine.interface import Expert
-    from see_ray.serving.replica import activation_of_manifest
+    from see_ray.store.expert_files import activation_of_manifest
 
     base, store = find(config.base_model), ExpertStore.open(config.store.url)
     tokenizer = load_tokenizer(base)

@@ -23,7 +23,7 @@ import torch
 
 from see_ray.config import BaseModelConfig
 from see_ray.engine.expert_registry import LoadedExpert
-from see_ray.engine.interface import Expert, GenerateRequest, Token
+from see_ray.engine.interface import Expert, GenerateRequest, PrefixArrays, Token
 from see_ray.engine.model_runner import ModelRunner
 from see_ray.engine.prefix_cache import DecisionRow, PrefixCache
 from see_ray.engine.requests import GenerationRequest, PrefillRequest, expert_name, max_length, unloaded_error
@@ -205,19 +205,22 @@ class EmbeddedEngine:
                 generation.finished = True
             prompt.ref_count -= 1
 
-    async def read(self, prompt: Sequence[int]) -> list[Any]:
-        """Keys and values of a prompt under the base model, as arrays for :meth:`adopt` on another engine."""
+    async def export_prefix(self, prompt: Sequence[int]) -> PrefixArrays:
+        """Keys and values of a prompt under the base model, for :meth:`import_prefix` on another engine."""
         await self._prefill(prompt, [None], max_indicator_rows=0)
         prefix = self._prefix_cache.match(tuple(prompt), None).prefix
         return await asyncio.get_running_loop().run_in_executor(self._thread, prefix.arrays)
 
-    def adopt(self, prompt: Sequence[int], arrays: Sequence[Any]) -> None:
-        """Add what another engine's :meth:`read` returned for a prompt to the prefix cache."""
+    def import_prefix(self, prompt: Sequence[int], arrays: PrefixArrays) -> None:
+        """Add what another engine's :meth:`export_prefix` returned for a prompt to the prefix cache."""
         if arrays:
             like = self._runner.example_kv[0][0]
             self._prefix_cache.insert(tuple(prompt), None, Prefix.of_arrays(arrays, like))
 
     # --- steps ---------------------------------------------------------------------------------
+
+    def check_health(self) -> None:
+        """Nothing to check: the engine lives in this process."""
 
     async def _prefill(
         self, prompt: Sequence[int], experts: Sequence[LoadedExpert | None], max_indicator_rows: int

@@ -1,18 +1,25 @@
-"""What an engine is asked, and what it gives."""
+"""What an engine is asked, and what it returns: the interface between serving and evaluation, and the engines."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from see_ray.models.activation import Activation
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PrefixArrays: TypeAlias = "Sequence[NDArray[Any]]"
+"""Keys and values of a prompt: for each layer an array of keys and one of values, each [1, heads, tokens, head size].
+Half-precision numbers are given as int16, bit by bit, since NumPy has no bfloat16."""
 
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert as an engine needs it: its PEFT folder and where it is activated."""
+    """An expert as an engine loads it: its PEFT folder, and where its adapter applies."""
 
     name: str
     folder: Path
@@ -27,7 +34,8 @@ class SamplingParams:
         max_tokens: most tokens of the answer.
         temperature: 0 is greedy.
         top_p: sample from the likeliest tokens whose probabilities add up to this.
-        stop: strings at which the text ends; they are not part of it.
+        stop: strings at which the text ends; they are not part of it. Engines know token ids only and ignore them;
+            `engine.detokenize` applies them.
         seed: makes sampling repeatable.
         logprobs: number of likeliest tokens reported beside each sampled one; None: no log-probabilities.
         ignore_eos: go on to `max_tokens` after an end-of-turn token.
@@ -50,7 +58,7 @@ class GenerateRequest:
         prompt: token ids up to and including the generation prompt.
         expert: whose adapter answers; None: the generalist.
         sampling: how tokens are chosen.
-        stream: whether the caller wants text as it comes, or in few pieces.
+        stream: whether text is wanted token by token, or in few chunks; engines always return tokens one by one.
     """
 
     prompt: tuple[int, ...]
@@ -82,19 +90,50 @@ class TokenText(NamedTuple):
 
 
 class Engine(Protocol):
-    """A base model with experts beside it. Prompts are token ids up to and including the generation prompt."""
+    """A base model and experts. Prompts are token ids up to and including the generation prompt.
+
+    Methods raise ServingError for an expert that is not loaded.
+    """
 
     def load(self, expert: Expert) -> None:
-        """Add an expert; requests go on meanwhile."""
+        """Add an expert; replaces one of the same name. Requests in progress go on.
+
+        Raises:
+            ServingError: the adapter does not fit the base model, or changes nothing.
+        """
 
     def unload(self, name: str) -> None:
-        """Forget an expert; answers that it has begun are finished."""
+        """Remove an expert. Answers of it that are in progress are finished."""
 
     async def decide(self, prompt: Sequence[int], experts: Sequence[str], *, fallback: bool = False) -> list[float]:
-        """P(accept) of each named expert; with `fallback` an answer is to follow here, by one of them or by the
-        generalist, who is made ready, too."""
+        """P(accept) of each named expert for a prompt.
+
+        Args:
+            prompt: token ids.
+            experts: names.
+            fallback: an answer will follow, by one of these experts or the generalist, so prepare its first token too.
+        """
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Token]:
-        """The tokens of an answer, one by one; an expert's begin after its accept indicator."""
+        """The tokens of an answer, one by one, without an end-of-turn token. An expert's follow its accept
+        indicator, which is not among them."""
         ...
+
+    async def export_prefix(self, prompt: Sequence[int]) -> PrefixArrays:
+        """Keys and values of a prompt as the base model computes them, for :meth:`import_prefix` of another engine.
+
+        Raises:
+            ServingError: this engine cannot hand them on.
+        """
+        ...
+
+    def import_prefix(self, prompt: Sequence[int], arrays: PrefixArrays) -> None:
+        """Use a prompt's keys and values that another engine of the same base model has computed.
+
+        Raises:
+            ServingError: this engine cannot take them.
+        """
+
+    def check_health(self) -> None:
+        """Raise ServingError if the engine can no longer answer and must be created anew."""

@@ -1,11 +1,11 @@
-"""What operators watch: every metric that see_ray reports, in one table, and how to report one.
+"""Metrics: a table of all that see_ray reports, functions to report them, and a scrape of the whole cluster.
 
     count("see_answers_total", answered_by="tickets", reason="accepted")
     scrape() -> the whole cluster's metrics as Prometheus text
 
-Ray carries them (`ray.util.metrics`): each node offers those of its processes on its metrics port, with `ray_`
-before the name, as Prometheus finds by Ray's own service discovery. `scrape` reads all nodes, so that the
-endpoint's `/metrics` shows the cluster at one address. Ray collects about every 10 seconds.
+They are exported by Ray (`ray.util.metrics`), about every 10 seconds: each node has those of its processes on its
+metrics port, with the prefix `ray_`, and Prometheus finds the nodes by Ray's service discovery. `scrape` reads all
+nodes, so that the endpoint's `/metrics` shows the cluster at one address.
 """
 
 from __future__ import annotations
@@ -23,78 +23,82 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
-SCRAPE_S = 5.0
-"""Seconds within which a node must give its metrics."""
+SCRAPE_TIMEOUT_S = 5.0
+"""Timeout of the request to a node, in seconds."""
 
 PREFIXES = ("ray_see_", "ray_serve_")
-"""Which of Ray's metrics `scrape` keeps: ours, and those of Ray Serve (queues, replicas, errors)."""
+"""Prefixes of the metrics that `scrape` keeps: ours, and Ray Serve's (queues, replicas, errors)."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric as it is reported; Prometheus sees it as `ray_` and this name."""
+    """Description of a metric.
+
+    Attributes:
+        boundaries: of a histogram's buckets.
+    """
 
     kind: Literal["counter", "gauge", "histogram"]
-    about: str
+    description: str
     labels: tuple[str, ...] = ()
-    bounds: tuple[float, ...] = ()
+    boundaries: tuple[float, ...] = ()
 
 
 METRICS = {
-    # requests, at the ingress
+    # requests, in the ingress
     "see_requests_total": Metric("counter", "HTTP requests, by path and status.", ("path", "status")),
-    "see_request_duration_seconds": Metric("histogram", "Until the answer's end.", ("path",), SECONDS),
-    "see_time_to_first_token_seconds": Metric("histogram", "Until the first piece.", ("answered_by",), SECONDS),
+    "see_request_duration_seconds": Metric("histogram", "Until the end of the answer.", ("path",), SECONDS),
+    "see_time_to_first_token_seconds": Metric("histogram", "Until the first chunk.", ("answered_by",), SECONDS),
     "see_prompt_tokens_total": Metric("counter", "Prompt tokens of answered requests.", ("answered_by",)),
-    "see_completion_tokens_total": Metric("counter", "Tokens answered.", ("answered_by",)),
-    "see_waiting_requests": Metric("gauge", "Requests without a first token or a decision yet."),
-    "see_expected_wait_seconds": Metric("gauge", "How long those waiting will take, at the rate of late."),
-    # the chain, at the ingress
-    "see_answers_total": Metric("counter", "Walks, by who answers and why.", ("answered_by", "reason")),
+    "see_completion_tokens_total": Metric("counter", "Tokens of answers.", ("answered_by",)),
+    "see_waiting_requests": Metric("gauge", "Requests without a first token or decision yet."),
+    "see_expected_wait_seconds": Metric("gauge", "Until all waiting requests are served."),
+    # the chain, in the ingress
+    "see_answers_total": Metric("counter", "Routed queries, by who answers and why.", ("answered_by", "reason")),
     "see_decisions_total": Metric("counter", "Decisions: accept, pass, unavailable.", ("expert", "decision")),
     "see_p_accept": Metric("histogram", "P(accept) of an expert.", ("expert",), SHARES),
-    "see_sequence_version": Metric("gauge", "Sequence version that is walked."),
-    "see_live_experts": Metric("gauge", "Experts that are walked."),
-    "see_failed_experts": Metric("gauge", "Experts of the sequence that do not run."),
-    # the engine, at a replica
-    "see_prefix_tokens_total": Metric("counter", "Prompt tokens read (miss) or found (hit).", ("expert", "result")),
-    "see_batch_rows": Metric("histogram", "Answers that one pass goes on with.", ("expert",), ROWS),
-    # a fit, at the process that started it
-    "see_fit_progress_ratio": Metric("gauge", "Share of the steps that are done.", ("task",)),
+    "see_sequence_version": Metric("gauge", "Sequence version that is live."),
+    "see_live_experts": Metric("gauge", "Experts that are live."),
+    "see_failed_experts": Metric("gauge", "Experts of the live version that could not start."),
+    # the engine, in a replica
+    "see_prefix_tokens_total": Metric("counter", "Prompt tokens, cached (hit) or not (miss).", ("expert", "result")),
+    "see_batch_rows": Metric("histogram", "Answers decoded in one step of the scheduler.", ("expert",), ROWS),
+    # a fit, in the process that started it
+    "see_fit_progress_ratio": Metric("gauge", "Share of the fit's steps that are done.", ("task",)),
     "see_fit_loss": Metric("gauge", "Loss of the last step.", ("task",)),
-    "see_fit_tokens_per_second": Metric("gauge", "Speed of the fit.", ("task",)),
+    "see_fit_tokens_per_second": Metric("gauge", "Tokens per second of the fit.", ("task",)),
 }
 
 
 def count(name: str, value: float = 1, **labels: str) -> None:
     """Add to a counter."""
-    if value > 0:  # a Ray counter refuses 0
-        _made(name).inc(value, tags=labels)
+    if value > 0:  # Ray's counters raise at 0
+        _metric(name).inc(value, tags=labels)
 
 
-def show(name: str, value: float, **labels: str) -> None:
+def set_gauge(name: str, value: float, **labels: str) -> None:
     """Set a gauge."""
-    _made(name).set(value, tags=labels)
+    _metric(name).set(value, tags=labels)
 
 
 def observe(name: str, value: float, **labels: str) -> None:
-    """Put a value into a histogram."""
-    # Ray refuses 0; the lowest bucket takes what is below its bound.
-    _made(name).observe(max(value, 1e-9), tags=labels)
+    """Add a value to a histogram."""
+    # Ray's histograms raise at 0; it belongs to the lowest bucket, as this does.
+    _metric(name).observe(max(value, 1e-9), tags=labels)
 
 
 @functools.cache
-def _made(name: str) -> Any:
+def _metric(name: str) -> Any:
     from ray.util import metrics
 
     metric = METRICS[name]
     if metric.kind == "histogram":
-        return metrics.Histogram(name, metric.about, list(metric.bounds), metric.labels)
-    return {"counter": metrics.Counter, "gauge": metrics.Gauge}[metric.kind](name, metric.about, metric.labels)
+        return metrics.Histogram(name, metric.description, list(metric.boundaries), metric.labels)
+    return {"counter": metrics.Counter, "gauge": metrics.Gauge}[metric.kind](name, metric.description, metric.labels)
 
 
 def targets() -> list[str]:
-    """`host:port` of every living node's metrics, as Prometheus would scrape them."""
+    """`host:port` of the metrics of each node that is alive."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"]]
@@ -102,10 +106,10 @@ def targets() -> list[str]:
 
 
 async def scrape() -> str:
-    """Our metrics and Serve's from all nodes, as one Prometheus text; a node that does not answer is left out."""
+    """Our metrics and Serve's from all nodes, as one Prometheus text. A node that does not answer is left out."""
     import httpx
 
-    async with httpx.AsyncClient(timeout=SCRAPE_S, trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=SCRAPE_TIMEOUT_S, trust_env=False) as client:
 
         async def read(target: str) -> str:
             try:
@@ -114,21 +118,23 @@ async def scrape() -> str:
                 logger.warning("no metrics from %s: %s", target, error)
                 return ""
 
-        return merged(await asyncio.gather(*map(read, await asyncio.to_thread(targets))))
+        return merge_texts(await asyncio.gather(*map(read, await asyncio.to_thread(targets))))
 
 
-def merged(texts: Iterable[str]) -> str:
-    """Several nodes' Prometheus texts as one: each metric's HELP and TYPE once, then its samples of all nodes."""
-    heads: dict[str, list[str]] = {}
+def merge_texts(texts: Iterable[str]) -> str:
+    """Several nodes' metrics as one Prometheus text: of each metric HELP and TYPE once, then its samples on all nodes.
+
+    Lines are grouped, not parsed: `prometheus_client` takes over 0.1 ms to parse one, and a node has thousands, which
+    would keep the ingress from answering requests.
+    """
+    headers: dict[str, dict[str, str]] = {}  # lines by metric and keyword
     samples: dict[str, list[str]] = {}
     for text in texts:
-        family = ""
+        metric = ""
         for line in text.splitlines():
-            if line.startswith("# "):
-                family = line.split(" ", 3)[2]
-                heads.setdefault(family, [])
-                if line not in heads[family] and len(heads[family]) < 2:
-                    heads[family].append(line)
+            if line.startswith(("# HELP ", "# TYPE ")):
+                keyword, metric = line.split(" ", 3)[1:3]
+                headers.setdefault(metric, {}).setdefault(keyword, line)
             elif line.startswith(PREFIXES):
-                samples.setdefault(family, []).append(line)
-    return "".join(f"{line}\n" for family in samples for line in (*heads.get(family, ()), *samples[family]))
+                samples.setdefault(metric, []).append(line)
+    return "".join(f"{line}\n" for metric in samples for line in (*headers.get(metric, {}).values(), *samples[metric]))

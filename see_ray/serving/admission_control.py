@@ -1,12 +1,15 @@
-"""Refusing at once what could not be answered in time.
+"""Admission control: reject requests that could not be answered in time, as soon as they arrive.
 
-Requests wait in line for their first token. Each that was served tells what a place in the line costs: how long
-it took, over how many were in the line when it came. Whoever comes when the places before would take too long is
-refused with 429 and told when to come again. What is let in is answered in bounded time, and nothing is spent on
-the rest. It knows nothing of HTTP, models or Ray; a place costs less by itself when replicas are added.
+A request waits until its first token. Each one served is a sample of the cost of a queue position: its wait, divided
+by the number of requests that were waiting when it was admitted (itself included). The expected wait of the queue is
+its length times the mean cost of recent samples. A request that arrives when this exceeds `max_wait_s` is rejected
+with 429 and `Retry-After`, so admitted requests wait a bounded time and nothing is computed for the others. When
+replicas are added, the cost falls by itself.
 
-Counting what is served a second would not do: an engine that reads all waiting prompts before it answers any
-serves in bursts, and a rate measured in one lets far too many in.
+Measuring requests served per second instead would not work: an engine that prefills all waiting prompts before it
+decodes serves in bursts, and a rate measured within a burst admits far too many.
+
+This module knows nothing of HTTP, models or Ray.
 """
 
 from __future__ import annotations
@@ -19,58 +22,61 @@ from contextlib import contextmanager
 
 from see_ray.errors import RequestError
 
-ALWAYS = 16
+ALWAYS_ADMITTED = 16
 """Requests that may wait in any case: as many as `see`'s own client sends at once (`client.AT_ONCE`)."""
 
-REMEMBERED = 32
-"""Requests served last from which the cost of a place is taken."""
+SAMPLES = 32
+"""Most recently served requests over which the cost of a queue position is averaged."""
 
 
 class AdmissionController:
-    """Who waits for a first token.
+    """Admits requests while the expected wait for a first token is below a limit.
 
     Args:
-        max_wait_s: the longest wait that somebody is let in for, in seconds.
-        clock: gives seconds; another one in tests and simulations.
+        max_wait_s: reject when the expected wait reaches this, in seconds.
+        clock: returns seconds; simulations and tests pass their own.
+
+    Attributes:
+        waiting: admitted requests that still wait for their first token.
     """
 
     def __init__(self, max_wait_s: float, clock: Callable[[], float] = time.monotonic):
         self.waiting = 0
-        self._max_wait = max_wait_s
+        self._max_wait_s = max_wait_s
         self._clock = clock
-        self._served: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)  # seconds, place in the line
+        self._served: deque[tuple[float, int]] = deque(maxlen=SAMPLES)  # wait in seconds, queue position
 
     def seconds_per_position(self) -> float | None:
-        """Seconds that a place in the line costs, of late; None before anybody was served."""
+        """Mean cost of a queue position in seconds; None before any request was served."""
         if not self._served:
             return None
-        return sum(seconds for seconds, _ in self._served) / sum(place for _, place in self._served)
+        return sum(seconds for seconds, _ in self._served) / sum(position for _, position in self._served)
 
     def expected_wait_s(self) -> float:
-        """How long those who wait will take; 0 where nothing is known yet."""
+        """Seconds until all waiting requests are served; 0 before any request was served."""
         return self.waiting * (self.seconds_per_position() or 0.0)
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Wait in line for as long as the block takes; a block that raises was not served.
+        """Admit a request, which waits for as long as the block runs. One whose block raises is no sample.
 
         Raises:
-            RequestError: 429; the line is too long.
+            RequestError: 429, the expected wait is too long.
         """
-        wait = self.expected_wait_s()
-        if self.waiting >= ALWAYS and (wait >= self._max_wait or self.seconds_per_position() is None):
+        expected_wait_s = self.expected_wait_s()
+        known = self.seconds_per_position() is not None
+        if self.waiting >= ALWAYS_ADMITTED and (not known or expected_wait_s >= self._max_wait_s):
             raise RequestError(
-                f"too many requests: {self.waiting} wait for an answer, the last of them for about {wait:.0f} s; "
-                "try again later",
+                f"too many requests: {self.waiting} are waiting, for about {expected_wait_s:.0f} s; try again later",
                 429,
                 "rate_limit_error",
                 code="overloaded",
-                retry_after_s=max(1, math.ceil(wait - self._max_wait / 2)),
+                retry_after_s=max(1, math.ceil(expected_wait_s - self._max_wait_s / 2)),
             )
         self.waiting += 1
-        place, came = self.waiting, self._clock()
+        position, admitted_at = self.waiting, self._clock()
         try:
             yield
-            self._served.append((self._clock() - came, place))
+            self._served.append((self._clock() - admitted_at, position))
         finally:
             self.waiting -= 1

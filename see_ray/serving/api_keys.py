@@ -1,4 +1,4 @@
-"""API keys of the endpoint: where they come from, and checking the `Authorization` header."""
+"""API keys of the endpoint: reading them, and checking the `Authorization` header."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from see_ray.errors import ConfigError, RequestError
 
 
 class ApiKeys:
-    """The keys that open the endpoint; without any it is open to everyone."""
+    """The endpoint's API keys. Without any, every request is allowed.
+
+    Attributes:
+        required: whether requests need a key.
+    """
 
     def __init__(self, keys: Iterable[str] = ()):
         self._keys = tuple(key.encode("utf-8") for key in keys)  # bytes: compare_digest refuses non-ASCII str
@@ -18,8 +22,12 @@ class ApiKeys:
 
     @classmethod
     def from_env_and_file(cls, env: Mapping[str, str], file: Path | None) -> ApiKeys:
-        """The key in `$SEE_API_KEY` (blank is unset), and one a line of `file`, where blank lines
-        and lines that start with # are skipped. ConfigError if it cannot be read or holds no key."""
+        """The key in `$SEE_API_KEY` (blank: none), and those in `file`, one per line; blank lines and lines that start
+        with # are skipped.
+
+        Raises:
+            ConfigError: the file cannot be read, or has no key.
+        """
         keys = [env.get("SEE_API_KEY", "").strip()]
         if file is not None:
             try:
@@ -28,7 +36,7 @@ class ApiKeys:
                 raise ConfigError(f"cannot read the API key file {file}: {error}") from error
             keys += [line for line in lines if not line.startswith("#")]
             if not any(keys[1:]):
-                raise ConfigError(f"the API key file {file} holds no key; write one a line")
+                raise ConfigError(f"the API key file {file} has no key; write one per line")
         return cls(filter(None, keys))
 
     @property
@@ -37,10 +45,14 @@ class ApiKeys:
         return self._keys[0].decode("utf-8") if self._keys else None
 
     def check(self, authorization: str | None) -> None:
-        """Raise RequestError (401 `invalid_api_key`) unless the header, decoded as latin-1, is `Bearer <key>`."""
+        """Check the `Authorization` header, decoded as latin-1; it must be `Bearer <key>`.
+
+        Raises:
+            RequestError: 401 `invalid_api_key`.
+        """
         scheme, _, key = (authorization or "").partition(" ")
         given = key.strip(" ").encode("latin-1", "backslashreplace")  # back to the bytes on the wire
-        # Every key is compared, always: the time taken does not tell which one was near.
+        # All keys are compared, always, so that the time taken tells nothing about them.
         known = sum(hmac.compare_digest(given, key) for key in self._keys)
         if self.required and not (known and scheme.lower() == "bearer"):
             message = "the API key is not valid" if given else "no API key: send Authorization: Bearer <key>"

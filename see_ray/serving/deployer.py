@@ -1,10 +1,12 @@
-"""Keeps the running Serve applications in step with the expert store.
+"""Keeps the Serve applications of the `per_expert` topology in step with the expert store.
 
-It looks at the head of the sequence every few seconds. A new expert takes over the spare, an application
-whose replicas have loaded the base model and wait, or gets an application started for it; once every expert of
-the new version runs (or has failed for good), the new version is *live* and the ingress walks it from then on.
-Applications that no version needs any more are deleted a little later, when no walk can still be asking them.
-Nothing else is touched, so no other replica restarts. After a crash the same look brings everything back.
+    new sequence version ──► assign spares, or start applications ──► wait ──► live
+    each poll            ──► delete what no version needs, keep a spare ready
+
+A new expert takes over the spare, an application whose replicas have loaded the base model and wait, or gets an
+application of its own. Once every expert of a version runs (or has failed for good), that version is live, and the
+ingress routes by it. Applications that no version needs are deleted `LINGER_S` later, when no query can still be asking
+them. No other replica restarts. After a crash the next poll restores the same state.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import asyncio
 import logging
 import time
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -21,167 +23,85 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from see_ray.config import Config
-from see_ray.errors import SeeError
+from see_ray.serving.app_names import EXPERT_PREFIX, SPARE_PREFIX, expert_app
+from see_ray.serving.live import LINGER_S, Live, LiveExpert
 from see_ray.serving.replica import replica_app
+from see_ray.serving.store_follower import StoreFollower
 from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore
 
 logger = logging.getLogger("ray.serve")
 
-SPARE = "see-spare-"
-EXPERT = "see-expert-"
-LINGER_S = 10.0
-"""Seconds that an application outlives the last version that needed it; longer than the
-ingress takes to notice a new version."""
-
-
-@dataclass(frozen=True)
-class LiveExpert:
-    """An expert whose application runs."""
-
-    name: str
-    version: int
-    threshold: float
-    created: int
-    app: str
-    activated: bool = True
-
-
-@dataclass(frozen=True)
-class Live:
-    """What the ingress may walk: the experts of one sequence version, newest first.
-
-    Attributes:
-        version: of the sequence; -1 before the first look at the store.
-        failed: experts of this version that could not be started, and why.
-        pending: a newer version that is being started, or None.
-        spare: whether a replica waits for the next expert.
-        store_error: why the store could not be read last time, or None.
-    """
-
-    version: int = -1
-    experts: tuple[LiveExpert, ...] = ()
-    failed: dict[str, str] = field(default_factory=dict)
-    pending: int | None = None
-    spare: bool = False
-    store_error: str | None = None
-
-    @property
-    def shares_prefix(self) -> bool:
-        """Whether there are experts that go on from what the base model has read."""
-        return any(expert.activated for expert in self.experts)
-
-    def after(self, before: Live) -> Live:
-        """This, or what was known before, if who says this has not looked at the store yet."""
-        return before if self.version < 0 <= before.version else self
-
-    def with_(self, **changes: Any) -> Live:
-        """The same but for some fields."""
-        return replace(self, **changes)
-
-
-def app_name(ref: ExpertRef) -> str:
-    """Name of the Serve application that is started for an expert; one that took over a spare keeps the spare's."""
-    return f"{EXPERT}{ref.name}-{ref.version}"
+STATUS_POLL_S = 0.25
+"""Seconds between two looks at Serve's status while applications start or go."""
 
 
 class Deployer:
-    """The one replica that starts and deletes experts' applications."""
+    """The single replica that starts and deletes the experts' applications.
+
+    Serve's client calls block, so all work on applications is done on a thread; :meth:`live` and :meth:`expert_of`
+    are answered meanwhile.
+
+    Args:
+        config: the whole configuration, as JSON.
+    """
 
     def __init__(self, config: dict[str, Any]):
         self._config = Config.model_validate(config)
-        self._live = Live()
-        self._unneeded: dict[str, float] = {}
-        self._taken: dict[str, ExpertRef] = {}  # spares that have an expert
-        self._recovered = False
-        self._loop = asyncio.get_running_loop().create_task(self._keep_up())
+        self._unneeded: dict[str, float] = {}  # application: since when no live version needs it
+        self._assigned: dict[str, ExpertRef] = {}  # expert by spare
+        self._follower = StoreFollower(
+            self._config.store.url, self._config.serve.poll_s, self._deploy_version, self._maintain
+        )
+        self._following = asyncio.get_running_loop().create_task(self._run())
 
     async def live(self) -> Live:
-        """What may be walked now."""
-        return self._live
+        """What the ingress may query now."""
+        return self._follower.live
 
     async def expert_of(self, spare: str) -> tuple[str, int] | None:
-        """Which expert a spare is for; None while it is for none. Replicas that start later ask, too."""
-        ref = self._taken.get(spare)
+        """Name and version of the expert that a spare is assigned to, or None. Also asked by replicas that Serve
+        adds to that application later."""
+        ref = self._assigned.get(spare)
         return (ref.name, ref.version) if ref else None
 
     async def check_health(self) -> None:
-        """Fails when the loop died, so that Serve starts this replica anew."""
-        if self._loop.done():
-            raise RuntimeError("the deployer's loop ended")
+        """Called by Serve, which restarts this replica where this raises."""
+        if self._following.done():
+            raise RuntimeError("the task that follows the expert store ended")
 
-    async def _keep_up(self) -> None:
+    async def _run(self) -> None:
         while True:
             try:
-                await asyncio.to_thread(self._look)
-            except SeeError as error:  # what runs goes on running; the store may come back
-                logger.warning("expert store: %s", error)
-                self._live = self._live.with_(store_error=str(error))
+                await asyncio.to_thread(self._restore_assignments)
+                break
             except Exception:
-                logger.exception("could not bring the applications in step with the expert store")
+                logger.exception("could not read which experts the spares have")
             await asyncio.sleep(self._config.serve.poll_s)
+        await self._follower.run()
 
-    def _look(self) -> None:
-        if not self._recovered:
-            self._recover()
-        store = ExpertStore.open(self._config.store.url)
-        head = store.head()
-        if head.version != self._live.version:
-            self._live = self._live.with_(pending=head.version)
-            self._adopt(head, store)
-        elif self._live.store_error or self._live.pending is not None:
-            self._live = self._live.with_(store_error=None, pending=None)
-        for name, since in list(self._unneeded.items()):
-            if time.monotonic() - since > LINGER_S:
-                serve.delete(name, _blocking=False)
-                del self._unneeded[name]
-                self._taken.pop(name, None)
-        if not self._live.spare and self._config.serve.spare and self._config.serve.min_replicas > 0:
-            self._keep_spare()
-
-    def _recover(self) -> None:
-        """Learn from spares that were there before this replica which expert they took."""
-        for app in [name for name in serve.status().applications if name.startswith(SPARE)]:
+    def _restore_assignments(self) -> None:
+        """Ask the spares that an earlier deployer started which expert they have."""
+        for app in [name for name in serve.status().applications if name.startswith(SPARE_PREFIX)]:
             about = _about(app)
-            if about is None:  # it may have an expert and must not be given another
+            if about is None:  # it may have an expert, so it cannot be assigned another
                 serve.delete(app, _blocking=False)
-            elif found := about["expert"]:
-                self._taken[app] = ExpertRef(name=found[0], version=found[1])
-        self._recovered = True
+            elif ref := about["expert"]:
+                self._assigned[app] = ExpertRef(name=ref[0], version=ref[1])
 
-    def _keep_spare(self) -> None:
-        states = self._spares(serve.status().applications)
-        # One that failed is not started anew: what failed it would fail the next one, every few seconds.
-        if all(status == "DELETING" for status in states.values()):
-            name = f"{SPARE}{uuid.uuid4().hex[:6]}"
-            _start([serve.RunTarget(replica_app(self._config, None, name), name=name, route_prefix=None)])
-        self._live = self._live.with_(spare="RUNNING" in states.values())
+    # --- a new sequence version ------------------------------------------------------------
 
-    def _spares(self, running: dict[str, Any]) -> dict[str, str]:
-        """Status of each spare that no expert has taken over."""
-        return {
-            name: state.status.value
-            for name, state in running.items()
-            if name.startswith(SPARE) and name not in self._taken
-        }
+    async def _deploy_version(self, head: ExpertSequence, store: ExpertStore) -> Live:
+        return await asyncio.to_thread(self._deploy, head, store)
 
-    def _adopt(self, head: ExpertSequence, store: ExpertStore) -> None:
-        running = serve.status().applications
-        while any(name in running and running[name].status == "DELETING" for name in map(app_name, head.experts)):
-            time.sleep(0.25)  # removed a moment ago and published again: start it anew once it is gone
-            running = serve.status().applications
-        taken = {ref.id: app for app, ref in self._taken.items() if app in running}
-        apps = {ref.id: taken.get(ref.id) or app_name(ref) for ref in head.experts}
-        missing = [ref for ref in head.experts if apps[ref.id] not in running]
-        spares = [app for app, status in self._spares(running).items() if status in ("RUNNING", "DEPLOYING")]
-        for ref in missing[: len(spares)] if len(missing) <= len(spares) else []:  # all at once start as fast as one
-            apps[ref.id] = spares.pop()
-            self._taken[apps[ref.id]] = ref
-            self._live = self._live.with_(spare=False)
+    def _deploy(self, head: ExpertSequence, store: ExpertStore) -> Live:
+        """Start what is missing of a version, and wait until all its experts run or have failed."""
+        running = _running_once_deleted({expert_app(ref) for ref in head.experts})
+        apps = self._assign_apps(head, running)
         _start(
             [
-                serve.RunTarget(replica_app(self._config, ref), name=app_name(ref), route_prefix=None)
-                for ref in missing
-                if apps[ref.id] == app_name(ref)
+                serve.RunTarget(replica_app(self._config, ref), name=expert_app(ref), route_prefix=None)
+                for ref in head.experts
+                if apps[ref.id] == expert_app(ref) and expert_app(ref) not in running
             ]
         )
         failed = self._wait(head, apps)
@@ -191,13 +111,27 @@ class Deployer:
                 manifest = store.manifest(ref)
                 created, activated = int(manifest.created_at.timestamp()), manifest.form == "activated"
                 experts.append(LiveExpert(ref.name, ref.version, manifest.threshold, created, apps[ref.id], activated))
-        self._live = Live(head.version, tuple(experts), failed, spare=self._live.spare)
         now = time.monotonic()
-        ours = {name for name in serve.status().applications if name.startswith(EXPERT) or name in self._taken}
+        ours = {n for n in serve.status().applications if n.startswith(EXPERT_PREFIX) or n in self._assigned}
         self._unneeded = {name: self._unneeded.get(name, now) for name in ours - set(apps.values())}
+        return Live(head.version, tuple(experts), failed, spare=self._follower.live.spare)
+
+    def _assign_apps(self, head: ExpertSequence, running: dict[str, Any]) -> dict[str, str]:
+        """Application by expert id. Spares are assigned if there are enough of them for all missing experts; starting
+        several applications takes no longer than starting one."""
+        assigned = {ref.id: app for app, ref in self._assigned.items() if app in running}
+        apps = {ref.id: assigned.get(ref.id) or expert_app(ref) for ref in head.experts}
+        missing = [ref for ref in head.experts if apps[ref.id] not in running]
+        spares = [app for app, status in self._spares(running).items() if status in ("RUNNING", "DEPLOYING")]
+        if len(missing) <= len(spares):
+            for ref in missing:
+                apps[ref.id] = spares.pop()
+                self._assigned[apps[ref.id]] = ref
+                self._set_spare_ready(False)
+        return apps
 
     def _wait(self, head: ExpertSequence, apps: dict[str, str]) -> dict[str, str]:
-        """Wait until each expert runs or has failed; returns the latter with the reason."""
+        """Wait until each expert runs or has failed; returns the reasons of those that failed, by expert id."""
         while True:
             states = serve.status().applications
             failed: dict[str, str] = {}
@@ -206,8 +140,8 @@ class Deployer:
                 state = states.get(apps[ref.id])
                 status = state.status.value if state else "NOT_STARTED"
                 if state and status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                    failed[ref.id] = _reason(state)
-                elif apps[ref.id] in self._taken:
+                    failed[ref.id] = _failure_reason(state)
+                elif apps[ref.id] in self._assigned:
                     about = _about(apps[ref.id]) or {}
                     if about.get("error"):
                         failed[ref.id] = about["error"]
@@ -217,25 +151,72 @@ class Deployer:
                     waiting |= status in ("NOT_STARTED", "DEPLOYING")
             if not waiting:
                 return failed
-            time.sleep(0.25)
+            time.sleep(STATUS_POLL_S)
+
+    # --- each poll -------------------------------------------------------------------------
+
+    async def _maintain(self) -> None:
+        await asyncio.to_thread(self._maintain_apps)
+
+    def _maintain_apps(self) -> None:
+        self._delete_unneeded()
+        settings = self._config.serve
+        if not self._follower.live.spare and settings.spare and settings.min_replicas > 0:
+            self._keep_spare()
+
+    def _delete_unneeded(self) -> None:
+        for name, since in list(self._unneeded.items()):
+            if time.monotonic() - since > LINGER_S:
+                serve.delete(name, _blocking=False)
+                del self._unneeded[name]
+                self._assigned.pop(name, None)
+
+    def _keep_spare(self) -> None:
+        states = self._spares(serve.status().applications)
+        # A spare that failed is not replaced: the next one would fail for the same reason, at every poll.
+        if all(status == "DELETING" for status in states.values()):
+            name = f"{SPARE_PREFIX}{uuid.uuid4().hex[:6]}"
+            _start([serve.RunTarget(replica_app(self._config, None, name), name=name, route_prefix=None)])
+        self._set_spare_ready("RUNNING" in states.values())
+
+    def _spares(self, running: dict[str, Any]) -> dict[str, str]:
+        """Status of each spare that is not assigned."""
+        return {
+            name: state.status.value
+            for name, state in running.items()
+            if name.startswith(SPARE_PREFIX) and name not in self._assigned
+        }
+
+    def _set_spare_ready(self, ready: bool) -> None:
+        self._follower.live = replace(self._follower.live, spare=ready)
 
 
-def _start(targets: list[Any]) -> None:
+def _running_once_deleted(names: set[str]) -> dict[str, Any]:
+    """Serve's applications, once none of `names` is being deleted: an expert that was removed and is published again
+    can only be started when its former application is gone."""
+    while True:
+        running: dict[str, Any] = serve.status().applications
+        if not any(name in running and running[name].status == "DELETING" for name in names):
+            return running
+        time.sleep(STATUS_POLL_S)
+
+
+def _start(targets: list[serve.RunTarget]) -> None:
     if targets:
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
 def _about(app: str) -> dict[str, Any] | None:
-    """What a replica of an application says of itself; None while none answers."""
+    """What a replica of an application reports of itself; None while none answers."""
     try:
         return dict(serve.get_app_handle(app).about.remote().result(timeout_s=5))
     except (TimeoutError, RayServeException, ray.exceptions.RayError):
         return None
 
 
-def _reason(state: Any) -> str:
-    """The line of Serve's message that names the error, where it has one."""
-    text = "\n".join([state.message, *(d.message for d in state.deployments.values())])
+def _failure_reason(state: Any) -> str:
+    """The line of Serve's message that names the error, if there is one."""
+    text = "\n".join([state.message, *(deployment.message for deployment in state.deployments.values())])
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line and not line.startswith("File")]
-    return (named or lines or ["it did not start"])[-1][:400]
+    errors = [line for line in lines if "Error" in line and not line.startswith("File")]
+    return (errors or lines or ["it did not start"])[-1][:400]

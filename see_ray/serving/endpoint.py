@@ -1,8 +1,8 @@
-"""Bringing the endpoint up and taking it down.
+"""Starting and stopping the endpoint.
 
-`start` starts everything on a Ray cluster: the ingress, and in the `per_expert` topology generalist and
-deployer, which then starts the experts; in the `shared` topology the ensemble. `build` gives the ingress
-application alone, for a Serve config file (`import_path: see_ray.serving.endpoint:build`).
+`start` starts all of it on a Ray cluster: the ingress, and in the `per_expert` topology the generalist and the
+deployer, which then starts the experts; in the `shared` topology the ensemble. `build` returns the ingress application
+alone, for a Serve config file (`import_path: see_ray.serving.endpoint:build`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from see_ray.errors import ServingError
 from see_ray.models.base_model import find
 from see_ray.observability.tracing import EXPORTER
 from see_ray.serving.api_keys import ApiKeys
-from see_ray.serving.deployer import Deployer, Live
-from see_ray.serving.ensemble import ENSEMBLE_APP, ensemble_app
+from see_ray.serving.app_names import ENSEMBLE_APP, GENERALIST_APP, INGRESS_APP
+from see_ray.serving.deployer import Deployer
+from see_ray.serving.ensemble import ensemble_app
 from see_ray.serving.ingress import Ingress, web
-from see_ray.serving.replica import GENERALIST_APP, INGRESS_APP, replica_app
+from see_ray.serving.live import Live
+from see_ray.serving.replica import replica_app
 
 
 def ingress_app(config: Config, keys: ApiKeys) -> serve.Application:
-    """The ingress, with its deployer in the `per_expert` topology."""
+    """Serve application of the ingress, and in the `per_expert` topology of the deployer."""
     settings = config.model_dump(mode="json")
     log = {"encoding": config.serve.log_encoding}
     deployer = serve.deployment(Deployer, name="Deployer").options(
@@ -39,7 +41,7 @@ def ingress_app(config: Config, keys: ApiKeys) -> serve.Application:
         num_replicas=config.serve.ingress_replicas,
         ray_actor_options={"num_cpus": config.serve.replica_cpus},
         max_ongoing_requests=10 * config.serve.max_ongoing_requests,
-        # The ingress itself refuses what it cannot answer in time; this is for when it cannot keep up with refusing.
+        # Admission control rejects requests in the ingress; this limit is for more than it can reject.
         max_queued_requests=config.serve.max_queued_requests,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         logging_config=log,
@@ -48,7 +50,7 @@ def ingress_app(config: Config, keys: ApiKeys) -> serve.Application:
     return ingress.bind(settings, keys, None if shared else deployer.bind(settings))
 
 
-def _workers(config: Config) -> serve.RunTarget:
+def _model_app(config: Config) -> serve.RunTarget:
     """What must run before the ingress: the ensemble, or the generalist."""
     if config.serve.topology == "shared":
         return serve.RunTarget(ensemble_app(config), name=ENSEMBLE_APP, route_prefix=None)
@@ -56,21 +58,21 @@ def _workers(config: Config) -> serve.RunTarget:
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The ingress application from a Serve config file; `args` are the sections of the configuration."""
+    """The ingress application for a Serve config file; `args` are the sections of the configuration."""
     config = Config.model_validate(args)
     return ingress_app(config, check_exposure(config))
 
 
 def build_generalist(args: dict[str, Any]) -> serve.Application:
-    """The generalist's application from a Serve config file, to stand beside the ingress in it; `args` as above."""
+    """The generalist's application for the same Serve config file; `args` as in :func:`build`."""
     return replica_app(Config.model_validate(args), None)
 
 
 def check_exposure(config: Config) -> ApiKeys:
-    """The API keys to ask for.
+    """The endpoint's API keys.
 
     Raises:
-        ServingError: the address is open to others, and neither a key nor `no_auth` is set.
+        ServingError: the address can be reached from other machines, and neither a key nor `no_auth` is set.
         ConfigError: the key file cannot be read or holds no key.
     """
     keys = ApiKeys.from_env_and_file(os.environ, config.serve.api_key_file)
@@ -83,8 +85,8 @@ def check_exposure(config: Config) -> ApiKeys:
 
 
 def start(config: Config) -> str:
-    """Start the endpoint on the Ray that this process is connected to; returns its URL once every
-    expert of the store's head is live.
+    """Start the endpoint on the Ray cluster that this process is connected to. Returns its URL once every expert of
+    the store's head is live.
 
     Raises:
         BaseModelError: the base model cannot be found or read.
@@ -95,20 +97,16 @@ def start(config: Config) -> str:
         raise ServingError("this Ray cluster serves an endpoint already; stop it first, or use another cluster")
     host, port = config.serve.host, config.serve.port
     _check_port(host, port)
-    find(config.base_model)  # convert or fetch it once, before replicas ask for it all at once
-    share = config.serve.trace_sample_rate
-    traced = TracingConfig(enabled=share > 0, exporter_import_path=EXPORTER, sampling_ratio=share)
+    find(config.base_model)  # fetch and convert it once, before all replicas need it
+    rate = config.serve.trace_sample_rate
+    tracing = TracingConfig(enabled=rate > 0, exporter_import_path=EXPORTER, sampling_ratio=rate)
     serve.start(
         http_options={"host": host, "port": port, "request_timeout_s": config.serve.request_timeout_s},
-        tracing_config=traced,
+        tracing_config=tracing,
     )
     try:
-        serve.run_many(
-            [
-                _workers(config),
-                serve.RunTarget(ingress_app(config, keys), name=INGRESS_APP, route_prefix="/"),
-            ]
-        )
+        ingress = serve.RunTarget(ingress_app(config, keys), name=INGRESS_APP, route_prefix="/")
+        serve.run_many([_model_app(config), ingress])
     except (RuntimeError, RayServeException) as error:
         raise ServingError(f"the endpoint did not start: {_last_error(error)}") from error
     while live().version < 0:
@@ -122,12 +120,13 @@ def running() -> bool:
 
 
 def stop() -> None:
-    """Take the endpoint down: the ingress first, so that nothing new comes in. Other Serve
-    applications of the cluster are left alone."""
-    there = set(serve.status().applications)
-    ours = {name for name in there if name == INGRESS_APP or name.startswith("see-")}
-    if there == ours:
-        return serve.shutdown()
+    """Stop the endpoint, the ingress first, so that no new requests arrive. Other Serve applications of the cluster
+    go on running."""
+    running = set(serve.status().applications)
+    ours = {name for name in running if name == INGRESS_APP or name.startswith("see-")}
+    if running == ours:
+        serve.shutdown()
+        return
     for name in sorted(ours, key=lambda name: name != INGRESS_APP):
         serve.delete(name)
 
@@ -135,15 +134,15 @@ def stop() -> None:
 def live() -> Live:
     """What the running endpoint serves."""
     if ENSEMBLE_APP in serve.status().applications:
-        found: Live = serve.get_app_handle(ENSEMBLE_APP).live.remote().result()
+        live: Live = serve.get_app_handle(ENSEMBLE_APP).live.remote().result()
     else:
-        found = serve.get_deployment_handle("Deployer", INGRESS_APP).live.remote().result()
-    return found
+        live = serve.get_deployment_handle("Deployer", INGRESS_APP).live.remote().result()
+    return live
 
 
 def about_replicas() -> dict[str, dict[str, Any]]:
-    """What a replica of each says of itself (its process id, for example): the generalist and all live experts,
-    or the ensemble."""
+    """What a replica of each application reports of itself, its process id for example, by name: the generalist and
+    all live experts, or the ensemble."""
     if ENSEMBLE_APP in serve.status().applications:
         apps = {"ensemble": ENSEMBLE_APP}
     else:

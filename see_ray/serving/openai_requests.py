@@ -1,12 +1,12 @@
-"""OpenAI request bodies: parsed, validated, and refused with the field's name.
+"""OpenAI request bodies: parsing and validation.
 
     parse(ChatRequest, body, limit)   -> a validated request, or RequestError (400) naming the field
-    parse_model("see:qa")             -> Target: the chain, the generalist or one expert is asked
+    parse_model("see:qa")             -> Target: the chain, the generalist or one expert
 
-It knows nothing of experts, chains, engines or HTTP servers. Types are JSON's own: neither `"5"`
-nor `true` is an integer. `null` means "left out", as OpenAI's clients use it. What a client asks
-for is done or refused, not dropped: fields that cannot change an answer (`user`, …) are ignored;
-of those that could (`tools`, …) only the value that asks for nothing is accepted.
+Types are strict: neither `"5"` nor `true` is an integer. `null` means "left out", as in OpenAI's clients. Nothing that
+would change an answer is ignored silently: fields without effect on it (`user`, …) are ignored; of unsupported ones
+that would have an effect (`tools`, …) only the value that has none is accepted. This module knows nothing of live
+experts, tokenizers or HTTP servers.
 Formats: https://platform.openai.com/docs/api-reference/chat, /completions, /models.
 """
 
@@ -14,51 +14,39 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from see_ray.engine.interface import SamplingParams
 from see_ray.errors import RequestError
 
 Json = dict[str, Any]
 
-MOST_ANSWERS = 16
+MAX_ANSWERS = 16
 """Most answers to one request (`n`)."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to pick tokens. None: the server's default."""
-
-    max_tokens: int | None
-    temperature: float | None
-    top_p: float
-    stop: tuple[str, ...]
-    seed: int | None
-    logprobs: int | None = None  # how many of the likeliest tokens to name beside each; None: no log-probabilities
-    ignore_eos: bool = False  # go on to max_tokens
-
-
-class _Object(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     ignored: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_asks_for_nothing(cls, data: Any) -> Any:
+    def _drop_null_and_ignored(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         return {key: value for key, value in data.items() if value is not None and key not in cls.ignored}
 
 
 def _only(allowed: Any, *, why: str) -> BeforeValidator:
-    """For a field that would change the answer: accept only the value that asks for nothing."""
+    """For an unsupported field: accept only the value that has no effect."""
 
     def check(value: Any) -> Any:
         if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):  # True == 1 in Python
-            raise ValueError(f"{_found(value)} is not supported, only {json.dumps(allowed)}: {why}")
+            raise ValueError(f"{_describe(value)} is not supported, only {json.dumps(allowed)}: {why}")
         return value
 
     return BeforeValidator(check)
@@ -67,9 +55,11 @@ def _only(allowed: Any, *, why: str) -> BeforeValidator:
 def _text(content: Any) -> str:
     """A string, or text parts joined by newlines (as vLLM and llama.cpp join them)."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    fits = [isinstance(p, dict) and p.keys() == {"type", "text"} and p["type"] == "text" for p in parts]
-    if not parts or not all(fits) or not all(isinstance(part["text"], str) for part in parts):
-        raise ValueError(f'should be a string or an array of {{"type": "text", "text": "…"}}, found {_found(content)}')
+    are_text = [isinstance(p, dict) and p.keys() == {"type", "text"} and p["type"] == "text" for p in parts]
+    if not parts or not all(are_text) or not all(isinstance(part["text"], str) for part in parts):
+        raise ValueError(
+            f'should be a string or an array of {{"type": "text", "text": "…"}}, found {_describe(content)}'
+        )
     return "\n".join(part["text"] for part in parts)
 
 
@@ -77,29 +67,29 @@ def _one_prompt(prompt: Any) -> str:
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"should be one non-empty string (token ids are not supported), found {_found(prompt)}")
+        raise ValueError(f"should be one non-empty string (token ids are not supported), found {_describe(prompt)}")
     return prompt
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
     strings = stop if isinstance(stop, list) else [stop]
     if not 1 <= len(strings) <= 4 or not all(isinstance(item, str) and item for item in strings):
-        raise ValueError(f"should be a non-empty string or an array of 1 to 4 of them, found {_found(stop)}")
+        raise ValueError(f"should be a non-empty string or an array of 1 to 4 of them, found {_describe(stop)}")
     return tuple(strings)
 
 
-class Message(_Object):
-    """One turn of a conversation."""
+class Message(_StrictModel):
+    """One message of a conversation."""
 
-    ignored = ("name", "annotations")  # chat templates have no place for them
+    ignored = ("name", "annotations")  # chat templates do not use them
     role: Annotated[
         Literal["system", "user", "assistant"], BeforeValidator(lambda r: "system" if r == "developer" else r)
     ]
     content: Annotated[str, BeforeValidator(_text)]
 
 
-def _in_order(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The order that every chat template understands."""
+def _check_order(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Accept only the order of roles that every chat template supports."""
     if not messages or messages[-1].role != "user":
         raise ValueError(f"should end with a user message, found {messages[-1].role if messages else 'no'} message")
     if any(message.role == "system" for message in messages[1:]):
@@ -107,21 +97,21 @@ def _in_order(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return messages
 
 
-# strict=False lets a JSON array become a tuple; the messages themselves stay strict.
-Messages = Annotated[tuple[Message, ...], Field(strict=False), AfterValidator(_in_order)]
+# strict=False: a JSON array is accepted as a tuple. The messages themselves stay strict.
+Messages = Annotated[tuple[Message, ...], Field(strict=False), AfterValidator(_check_order)]
 
 
-class StreamOptions(_Object):
+class StreamOptions(_StrictModel):
     """Options of a streamed answer."""
 
     include_usage: bool = False
-    include_obfuscation: Any = None  # without effect: nothing is obfuscated
+    include_obfuscation: Any = None  # ignored: nothing is obfuscated
 
 
-class _Generation(_Object):
-    """What chat and completion requests share."""
+class GenerationBody(_StrictModel):
+    """Fields of both chat and completion requests."""
 
-    # Bookkeeping of OpenAI's own service.
+    # Used by OpenAI's own service only.
     ignored = ("user", "safety_identifier", "metadata", "store", "service_tier", "prompt_cache_key")
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
@@ -131,22 +121,40 @@ class _Generation(_Object):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(default=1, ge=1, le=MOST_ANSWERS)
+    n: int = Field(default=1, ge=1, le=MAX_ANSWERS)
     ignore_eos: bool = False  # vLLM's addition to the API, for load tests
     frequency_penalty: Annotated[Any, _only(0, why="penalties are not applied")] = None
     presence_penalty: Annotated[Any, _only(0, why="penalties are not applied")] = None
 
     @property
     def include_usage(self) -> bool:
-        """Whether the stream is to end with a usage chunk."""
+        """Whether the stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self) -> Sampling:
-        """How to pick the tokens of this answer."""
-        return Sampling(self.max_tokens, self.temperature, self.top_p, self.stop, self.seed, ignore_eos=self.ignore_eos)
+    @property
+    def token_limit(self) -> int | None:
+        """Most tokens of the answer; None: the server's default."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Number of likeliest tokens to report beside each token; None: no log-probabilities."""
+        raise NotImplementedError
+
+    def to_sampling_params(self, max_tokens: int, default_temperature: float) -> SamplingParams:
+        """Sampling parameters of the answer; the caller resolves `max_tokens` from :attr:`token_limit`."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=default_temperature if self.temperature is None else self.temperature,
+            top_p=self.top_p,
+            stop=self.stop,
+            seed=self.seed,
+            logprobs=self.num_logprobs,
+            ignore_eos=self.ignore_eos,
+        )
 
 
-class ChatRequest(_Generation):
+class ChatRequest(GenerationBody):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Messages
@@ -156,7 +164,7 @@ class ChatRequest(_Generation):
     response_format: Annotated[Any, _only({"type": "text"}, why="answers are plain text")] = None
     tools: Annotated[Any, _only([], why="tools cannot be called")] = None
     functions: Annotated[Any, _only([], why="functions cannot be called")] = None
-    parallel_tool_calls: Any = None  # without effect: there are no tools
+    parallel_tool_calls: Any = None  # ignored: there are no tools
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:
@@ -167,7 +175,7 @@ class ChatRequest(_Generation):
         return self
 
     @model_validator(mode="after")
-    def _top_of_what_is_asked_for(self) -> ChatRequest:
+    def _top_logprobs_need_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             message = f"top_logprobs: found {self.top_logprobs}, but logprobs is not true; set both"
             raise RequestError(message, param="top_logprobs")
@@ -177,26 +185,33 @@ class ChatRequest(_Generation):
         """The messages as `{"role", "content"}`, for a chat template."""
         return [message.model_dump() for message in self.messages]
 
-    def sampling(self) -> Sampling:
-        """How to pick the tokens of this answer."""
-        logprobs = self.top_logprobs if self.logprobs else None
-        return replace(super().sampling(), max_tokens=self.max_completion_tokens or self.max_tokens, logprobs=logprobs)
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(GenerationBody):
     """Body of `POST /v1/completions`."""
 
     prompt: Annotated[str, BeforeValidator(_one_prompt)]
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: Annotated[Any, _only(False, why="the prompt is not repeated")] = None
 
-    def sampling(self) -> Sampling:
-        """How to pick the tokens of this answer."""
-        return replace(super().sampling(), logprobs=self.logprobs)
+    def chat(self) -> list[dict[str, str]]:
+        """The prompt as a user message: experts were fitted on chats."""
+        return [{"role": "user", "content": self.prompt}]
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
-class RouteRequest(_Object):
-    """A query to decide on, not to answer; exactly one of `messages` and `prompt` is set."""
+class RouteRequest(_StrictModel):
+    """Body of `POST /v1/route`: a query to route, not to answer. Exactly one of `messages` and `prompt` is set."""
 
     model: str = "see"
     messages: Messages | None = None
@@ -208,25 +223,27 @@ class RouteRequest(_Object):
             raise RequestError("messages: send either this or prompt, and not both", param="messages")
         return self
 
-    def chat(self) -> list[dict[str, str]] | None:
-        """The messages as `{"role", "content"}`; None where a prompt was sent."""
-        return None if self.messages is None else [message.model_dump() for message in self.messages]
+    def chat(self) -> list[dict[str, str]]:
+        """The messages as `{"role", "content"}`; a prompt is one user message."""
+        if self.messages is None:
+            return [{"role": "user", "content": self.prompt or ""}]
+        return [message.model_dump() for message in self.messages]
 
 
 Request = TypeVar("Request", ChatRequest, CompletionRequest, RouteRequest)
 
 
 def parse(model_class: type[Request], body: bytes, max_body_bytes: int) -> Request:
-    """Read and validate a request body.
+    """Parse and validate a request body.
 
     Raises:
-        RequestError: 400. Too large, not UTF-8, not JSON (NaN, lone surrogates and more than 200
-            levels are not), not an object, or a wrong or unknown field (`param` names the first).
+        RequestError: 400. The body is too large, not UTF-8, not JSON (which has no NaN and no lone surrogates; nesting
+            is limited to 200 levels), not an object, or has a wrong or unknown field (`param` names the first).
     """
     if len(body) > max_body_bytes:
         raise RequestError(f"the request body has {len(body)} bytes; at most {max_body_bytes} are accepted")
     try:
-        # Not json.loads: that takes NaN and lone surrogates, and recurses until the stack ends.
+        # json.loads would accept NaN and lone surrogates, and recurse without limit.
         data = from_json(body.decode("utf-8"), allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"the request body is not JSON in UTF-8: {error}") from error
@@ -239,7 +256,7 @@ def parse(model_class: type[Request], body: bytes, max_body_bytes: int) -> Reque
 def _wrong_field(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False)[0]
     kind = first["type"]
-    in_json = {"tuple_type": "an array", "model_type": "an object"}  # pydantic uses Python's words
+    json_types = {"tuple_type": "an array", "model_type": "an object"}  # pydantic names Python's
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part:.60}" for part in first["loc"])[1:]
     if kind == "missing":
         problem = "is required"
@@ -248,13 +265,13 @@ def _wrong_field(error: ValidationError) -> RequestError:
     elif kind == "value_error":
         problem = str(first["ctx"]["error"])
     else:
-        expected = in_json.get(kind) or first["msg"].removeprefix("Input should be ")
-        problem = f"should be {expected}, found {_found(first['input'])}"
+        expected = json_types.get(kind) or first["msg"].removeprefix("Input should be ")
+        problem = f"should be {expected}, found {_describe(first['input'])}"
     return RequestError(f"{param or 'the request body'}: {problem}", param=param or None)
 
 
-def _found(value: Any) -> str:
-    """A JSON value in a few words."""
+def _describe(value: Any) -> str:
+    """A JSON value, shortened for a message."""
     if isinstance(value, list | dict):
         return "an object" if isinstance(value, dict) else f"an array of {len(value)}"
     return f"{'the string ' if isinstance(value, str) else ''}{json.dumps(value, ensure_ascii=False):.60}"
@@ -262,7 +279,7 @@ def _found(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """Who a model id asks for. `expert` is set for the kind `expert` only."""
+    """What a model id names; `expert` is set for the kind `expert` only."""
 
     kind: Literal["routed", "generalist", "expert"]
     expert: str | None = None
@@ -272,8 +289,12 @@ ROUTED, GENERALIST = Target("routed"), Target("generalist")
 
 
 def parse_model(model: str) -> Target:
-    """`see`: the chain; `see:generalist`: the base model; `see:<expert>`: that expert, live or not.
-    Raises :func:`unknown_model` for anything else."""
+    """The target of a model id: `see` is the chain, `see:generalist` the base model, `see:<expert>` that expert, live
+    or not.
+
+    Raises:
+        RequestError: 404 for anything else.
+    """
     if model in ("see", "see:generalist"):
         return ROUTED if model == "see" else GENERALIST
     if match := re.fullmatch(r"see:([A-Za-z0-9][A-Za-z0-9._-]{0,127})", model):
@@ -282,6 +303,6 @@ def parse_model(model: str) -> Target:
 
 
 def unknown_model(model: str) -> RequestError:
-    """The 404 for a model id that is not served; also for `see:<expert>` where none such is live."""
+    """The 404 for a model id that is not served; also for `see:<expert>` where no such expert is live."""
     message = f"the model {model[:60]!r} does not exist; GET /v1/models lists the model ids"
     return RequestError(message, status=404, param="model", code="model_not_found")

@@ -1,11 +1,11 @@
-"""Bodies of OpenAI responses: whole answers, chunks of a stream, errors, models.
+"""Bodies of OpenAI responses: answers, chunks of a stream, errors, models.
 
-    chat_body / completion_body       -> the whole answer
-    chat_chunk / completion_chunk     -> one event of a stream, sent through sse(), ended by SSE_DONE
-    error_body, models_body           -> the other two shapes
+    chat_body, completion_body        -> a whole answer
+    chat_chunk, completion_chunk      -> one event of a stream, encoded by `sse`; the stream ends with SSE_DONE
+    error_body, models_body           -> errors, and the list of models
 
-Each function returns a dict of JSON types; `sse` encodes one. Source of the formats:
-https://platform.openai.com/docs/api-reference/chat, /completions, /models.
+Each returns a dict of JSON types.
+Formats: https://platform.openai.com/docs/api-reference/chat, /completions, /models.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ Json = dict[str, Any]
 
 
 def usage_body(*, prompt_tokens: int, completion_tokens: int) -> Json:
-    """The tokens that a request took, as OpenAI's `usage` object."""
+    """OpenAI's `usage` object."""
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A line of `GET /v1/models`. `root`: the base model; `parent`: the model id it derives from."""
+    """An entry of `GET /v1/models`.
+
+    Attributes:
+        created: Unix time, in seconds.
+        root: the base model.
+        parent: the model id that this one derives from, or None.
+    """
 
     id: str
     created: int
@@ -39,12 +45,12 @@ class ModelEntry:
 
 
 def new_id(kind: Literal["chatcmpl", "cmpl"]) -> str:
-    """A fresh id of a chat completion or a completion."""
+    """A new id of a chat completion or a completion."""
     return f"{kind}-{uuid.uuid4().hex}"
 
 
 class Head(TypedDict):
-    """What the body, or all chunks, of one answer have in common."""
+    """Fields of an answer's body, or of all its chunks."""
 
     id: str
     model: str
@@ -53,11 +59,11 @@ class Head(TypedDict):
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer, or the next piece of one; the last piece has a finish reason.
+    """One answer, or a chunk of one, of which the last has a finish reason.
 
     Attributes:
-        index: which of a request's answers.
-        logprobs: as `chat_logprobs` or `completion_logprobs` gives them.
+        index: number of the answer among those to one request.
+        logprobs: from `chat_logprobs` or `completion_logprobs`.
     """
 
     text: str
@@ -67,17 +73,17 @@ class Choice:
 
 
 def chat_logprobs(tokens: Iterable[tuple[TokenText, Sequence[TokenText]]]) -> Json:
-    """The `logprobs` of a chat choice: each token, and the likeliest ones in its place."""
+    """The `logprobs` of a chat choice, from its tokens, each with the likeliest tokens at its position."""
 
-    def one(token: TokenText) -> Json:
+    def entry(token: TokenText) -> Json:
         return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
 
-    content = [one(token) | {"top_logprobs": [one(other) for other in top]} for token, top in tokens]
+    content = [entry(token) | {"top_logprobs": [entry(other) for other in top]} for token, top in tokens]
     return {"content": content, "refusal": None}
 
 
 def completion_logprobs(tokens: Iterable[tuple[TokenText, Sequence[TokenText]]], offset: int) -> Json:
-    """The `logprobs` of a completion choice, whose first token begins at character `offset` of the answer."""
+    """The `logprobs` of a completion choice; `offset` is the number of characters of the answer before its tokens."""
     body: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, top in tokens:
         body["tokens"].append(token.text)
@@ -89,8 +95,8 @@ def completion_logprobs(tokens: Iterable[tuple[TokenText, Sequence[TokenText]]],
 
 
 def chat_body(*, choices: Iterable[Choice], usage: Json, see: Json, **head: Unpack[Head]) -> Json:
-    """The answers to a chat request; `see` is its trace."""
-    whole = [
+    """Body of a chat response; `see` is the trace."""
+    choice_bodies = [
         {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
@@ -99,29 +105,30 @@ def chat_body(*, choices: Iterable[Choice], usage: Json, see: Json, **head: Unpa
         }
         for choice in choices
     ]
-    return {**head, "object": "chat.completion", "choices": whole, "usage": usage, "see": see}
+    return {**head, "object": "chat.completion", "choices": choice_bodies, "usage": usage, "see": see}
 
 
-def chat_chunk(piece: Choice, see: Json | None = None, **head: Unpack[Head]) -> Json:
-    """One piece of a streamed chat answer. The first of each carries the trace `see` (and with it the
-    role), the last `finish_reason`; one chunk may be both."""
+def chat_chunk(chunk: Choice, see: Json | None = None, **head: Unpack[Head]) -> Json:
+    """One event of a streamed chat response. An answer's first chunk carries the trace `see`, and with it the role; its
+    last one the finish reason. One chunk may be both."""
     role = {} if see is None else {"role": "assistant", "content": ""}
-    delta = role | ({"content": piece.text} if piece.text else {})
-    choice = {"index": piece.index, "delta": delta, "logprobs": piece.logprobs, "finish_reason": piece.finish_reason}
+    delta = role | ({"content": chunk.text} if chunk.text else {})
+    choice = {"index": chunk.index, "delta": delta, "logprobs": chunk.logprobs, "finish_reason": chunk.finish_reason}
     return _chunk("chat.completion.chunk", choice, see, head)
 
 
 def completion_body(*, choices: Iterable[Choice], usage: Json, see: Json, **head: Unpack[Head]) -> Json:
-    """The answers to a completion request; `see` is its trace."""
-    # OpenAI gives a whole completion and a piece of a streamed one the same shape.
-    pieces = [completion_chunk(choice, see, **head)["choices"][0] for choice in choices]
-    return {**head, "object": "text_completion", "choices": pieces, "usage": usage, "see": see}
+    """Body of a completion response; `see` is the trace."""
+    # In OpenAI's format a whole completion has the shape of a streamed chunk.
+    choice_bodies = [completion_chunk(choice, see, **head)["choices"][0] for choice in choices]
+    return {**head, "object": "text_completion", "choices": choice_bodies, "usage": usage, "see": see}
 
 
-def completion_chunk(piece: Choice, see: Json | None = None, **head: Unpack[Head]) -> Json:
-    """One piece of a streamed completion. The first carries `see`, the last `finish_reason`."""
-    choice = {"index": piece.index, "text": piece.text}
-    choice |= {"logprobs": piece.logprobs, "finish_reason": piece.finish_reason}
+def completion_chunk(chunk: Choice, see: Json | None = None, **head: Unpack[Head]) -> Json:
+    """One event of a streamed completion. An answer's first chunk carries the trace `see`, its last the finish
+    reason."""
+    choice = {"index": chunk.index, "text": chunk.text}
+    choice |= {"logprobs": chunk.logprobs, "finish_reason": chunk.finish_reason}
     return _chunk("text_completion", choice, see, head)
 
 
@@ -130,16 +137,17 @@ def _chunk(kind: str, choice: Json, see: Json | None, head: Head) -> Json:
 
 
 def usage_chunk(last: Json, usage: Json) -> Json:
-    """What follows the stream's last piece where `include_usage` was asked for."""
+    """The event after the stream's last chunk where `include_usage` was requested; `last` is that chunk."""
     return {key: last[key] for key in ("id", "object", "created", "model")} | {"choices": [], "usage": usage}
 
 
-SSE_DONE = "data: [DONE]\n\n"  # the last event of every stream, failed ones too
+SSE_DONE = "data: [DONE]\n\n"
+"""The last event of every stream, also after an error."""
 
 
 def sse(obj: Json) -> str:
-    """One server-sent event. A failure in mid-stream is `sse(error_body(error))`, then SSE_DONE."""
-    # ASCII only: some clients split lines at U+2028 and its like, which JSON may hold unescaped.
+    """One server-sent event. An error within a stream is `sse(error_body(error))`, then SSE_DONE."""
+    # ASCII only: some clients split lines at U+2028 and similar characters, which JSON allows unescaped.
     return f"data: {json.dumps(obj, allow_nan=False)}\n\n"
 
 

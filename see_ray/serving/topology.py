@@ -8,44 +8,48 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import ray
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from see_ray.config import ServeConfig
+from see_ray.engine.detokenize import TextChunk
+from see_ray.engine.interface import GenerateRequest
 from see_ray.observability.tracing import walk_span
 from see_ray.routing.chain import GENERALIST, ChainEntry, ExpertUnavailable, Trace, named, walk
-from see_ray.serving.deployer import Live
-from see_ray.serving.openai_requests import Sampling
-from see_ray.serving.replica import GENERALIST_APP
+from see_ray.serving.app_names import GENERALIST_APP
+from see_ray.serving.live import Live
 
-GONE = (DeploymentUnavailableError, ray.exceptions.ActorDiedError, ray.exceptions.NodeDiedError)
+UNAVAILABLE = (DeploymentUnavailableError, ray.exceptions.ActorDiedError, ray.exceptions.NodeDiedError)
 
 
 class Topology(Protocol):
-    """Finds who answers a prompt (token ids), and has it answered.
+    """Routes a prompt, and has it answered.
 
-    `who` names an expert or the generalist; None: the chain decides. `live` is one version of the sequence, the
-    same for walk and answer, whatever joins or leaves meanwhile.
+    In both methods `answerer` is the expert, or `generalist`, that the request names; None: the chain decides. `live`
+    is one version of the sequence, used for walk and answer alike, whatever joins or leaves meanwhile.
     """
 
     async def live(self) -> Live:
-        """What can be asked now."""
+        """What can be queried now."""
         ...
 
-    async def route(self, live: Live, prompt: list[int], who: str | None) -> Trace:
-        """Who answers, and why."""
+    async def route(self, live: Live, prompt: Sequence[int], answerer: str | None) -> Trace:
+        """Who answers a prompt (token ids), and why."""
         ...
 
     async def answer(
-        self, live: Live, prompt: list[int], who: str | None, max_tokens: int, sampling: Sampling, stream: bool = True
-    ) -> tuple[Trace, AsyncIterator[Any]]:
-        """The same, and the answer as pieces of text (see `engine.text.Piece`), as they come or, where it is not to
-        be streamed, in few."""
+        self, live: Live, request: GenerateRequest, answerer: str | None
+    ) -> tuple[Trace, AsyncGenerator[TextChunk, None]]:
+        """Route a request, and start its answer. `request.expert` is ignored.
+
+        The generator raises TimeoutError where the whole answer takes longer than `serve.request_timeout_s`.
+        """
         ...
 
 
@@ -57,42 +61,45 @@ class PerExpert:
         self._handles: dict[str, DeploymentHandle] = {}
 
     async def live(self) -> Live:
-        found: Live = await self._deployer.live.remote()
-        return found
+        live: Live = await self._deployer.live.remote()
+        return live
 
-    async def route(self, live: Live, prompt: list[int], who: str | None) -> Trace:
-        return (await self._walk(live, prompt, who))[0]
+    async def route(self, live: Live, prompt: Sequence[int], answerer: str | None) -> Trace:
+        return (await self._walk(live, prompt, answerer))[0]
 
     async def answer(
-        self, live: Live, prompt: list[int], who: str | None, max_tokens: int, sampling: Sampling, stream: bool = True
-    ) -> tuple[Trace, AsyncIterator[Any]]:
-        trace, read = await self._walk(live, prompt, who)
+        self, live: Live, request: GenerateRequest, answerer: str | None
+    ) -> tuple[Trace, AsyncGenerator[TextChunk, None]]:
+        trace, prefix = await self._walk(live, request.prompt, answerer)
         apps = {GENERALIST: GENERALIST_APP, **{expert.name: expert.app for expert in live.experts}}
+        expert = None if trace.answered_by == GENERALIST else trace.answered_by
         handle = self._handle(apps[trace.answered_by]).options(stream=True)
-        response = handle.generate.remote(prompt, max_tokens, sampling, stream, read)
-        return trace, _within(response, self._config.request_timeout_s)
+        response = handle.generate.remote(replace(request, expert=expert), prefix)
+        return trace, _with_deadline(response, self._config.request_timeout_s)
 
-    async def _walk(self, live: Live, prompt: list[int], who: str | None) -> tuple[Trace, Any]:
-        """The trace; and what the generalist has read of the prompt, to be handed on, if it was asked to."""
-        if who is not None:
-            return named(who, live.version), None
+    async def _walk(
+        self, live: Live, prompt: Sequence[int], answerer: str | None
+    ) -> tuple[Trace, DeploymentResponse | None]:
+        """The trace, and the prompt's keys and values if the generalist was asked to export them."""
+        if answerer is not None:
+            return named(answerer, live.version), None
         # A response that is passed on without being awaited goes from replica to replica through the object store.
         generalist = self._handle(GENERALIST_APP)
         shares = self._config.share_prefix and self._config.engine == "embedded" and live.shares_prefix
-        read = generalist.read.remote(prompt) if shares else None
+        prefix = generalist.export_prefix.remote(prompt) if shares else None
         apps = {expert.name: expert.app for expert in live.experts}
 
         async def decide(name: str) -> float:
             try:
-                return float(await self._handle(apps[name]).decide.remote(prompt, read))
-            except GONE as error:
-                raise ExpertUnavailable(f"{name} cannot be asked: {error}") from error
+                return float(await self._handle(apps[name]).decide.remote(prompt, prefix))
+            except UNAVAILABLE as error:
+                raise ExpertUnavailable(f"{name} is not available: {error}") from error
 
-        links = [ChainEntry(expert.name, expert.threshold) for expert in live.experts]
+        entries = [ChainEntry(expert.name, expert.threshold) for expert in live.experts]
         with walk_span() as span:
-            trace = await walk(links, decide, lookahead=self._config.lookahead, sequence_version=live.version)
-            span.ended(trace)
-        return trace, read
+            trace = await walk(entries, decide, lookahead=self._config.lookahead, sequence_version=live.version)
+            span.record(trace)
+        return trace, prefix
 
     def _handle(self, app: str) -> DeploymentHandle:
         if app not in self._handles:
@@ -108,23 +115,24 @@ class Shared:
         self._handle = serve.get_app_handle(app)
 
     async def live(self) -> Live:
-        found: Live = await self._handle.live.remote()
-        return found
+        live: Live = await self._handle.live.remote()
+        return live
 
-    async def route(self, live: Live, prompt: list[int], who: str | None) -> Trace:
-        trace: Trace = await self._handle.route.remote(prompt, who)
+    async def route(self, live: Live, prompt: Sequence[int], answerer: str | None) -> Trace:
+        trace: Trace = await self._handle.route.remote(prompt, answerer)
         return trace
 
     async def answer(
-        self, live: Live, prompt: list[int], who: str | None, max_tokens: int, sampling: Sampling, stream: bool = True
-    ) -> tuple[Trace, AsyncIterator[Any]]:
-        response = self._handle.options(stream=True).answer.remote(prompt, who, max_tokens, sampling, stream)
-        items = _within(response, self._config.request_timeout_s)
-        return await anext(items), items
+        self, live: Live, request: GenerateRequest, answerer: str | None
+    ) -> tuple[Trace, AsyncGenerator[TextChunk, None]]:
+        response = self._handle.options(stream=True).answer.remote(request, answerer)
+        items = _with_deadline(response, self._config.request_timeout_s)
+        trace: Trace = await anext(items)  # the ensemble streams it before the answer
+        return trace, items
 
 
-async def _within(response: Any, seconds: float) -> AsyncIterator[Any]:
-    """The items of a streamed response, all of them before a deadline."""
+async def _with_deadline(response: Any, seconds: float) -> AsyncGenerator[Any, None]:
+    """The items of a streamed response; TimeoutError if they take longer than `seconds` in all."""
     deadline = time.monotonic() + seconds
     try:
         while True:
@@ -135,4 +143,4 @@ async def _within(response: Any, seconds: float) -> AsyncIterator[Any]:
                     return
             yield item
     finally:
-        response.cancel()  # a client that is gone frees its place at the replica
+        response.cancel()  # the client may have gone: free the replica

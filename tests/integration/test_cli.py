@@ -66,7 +66,7 @@ async def _chat(request: Request) -> Response:
     if prompt == "overload":
         return JSONResponse(error_body(RequestError("something failed", 500, "server_error")), status_code=500)
     head: Head = {"id": "chatcmpl-1", "model": body.model, "created": 1}
-    finish = "length" if body.sampling().max_tokens == 2 else "stop"
+    finish = "length" if body.max_tokens == 2 else "stop"
     if not body.stream:
         usage = usage_body(prompt_tokens=1, completion_tokens=2)
         text = f"You said: {prompt}"

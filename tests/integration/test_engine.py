@@ -310,7 +310,7 @@ def test_logprobs_are_those_of_the_model(engine, base, config, tokenizer):
 
 
 def test_experts_that_come_and_go_do_not_stop_an_answer(engine, experts, config, tokenizer):
-    from see_ray.serving.replica import activation_of_manifest
+    from see_ray.store.expert_files import activation_of_manifest
 
     manifest = experts.live[0]
     folder = ExpertStore.open(config.store.url).fetch(manifest.ref, Path("unused"))
@@ -338,10 +338,10 @@ def test_experts_that_come_and_go_do_not_stop_an_answer(engine, experts, config,
 
 def test_a_decision_continues_from_the_prefix_of_another_engine(engine, tokenizer, monkeypatch):
     prompt = ids(tokenizer, "My parcel has not arrived, and nobody answers my letters.")
-    arrays = asyncio.run(engine.read(prompt))
+    arrays = asyncio.run(engine.export_prefix(prompt))
     alone = decide(engine, prompt, ["tickets"])
     engine._prefix_cache.clear()
-    engine.adopt(prompt, arrays)
+    engine.import_prefix(prompt, arrays)
     before = engine.stats()["num_tokens"]
     assert decide(engine, prompt, ["tickets"]) == pytest.approx(alone, abs=1e-5)
     assert engine.stats()["num_tokens"] - before == 1  # the last token
@@ -385,7 +385,7 @@ def test_a_full_form_expert_applies_to_the_whole_prompt(engine, experts, config,
     folder = ExpertStore.open(config.store.url).fetch(manifest.ref, Path("unused"))
     from dataclasses import replace
 
-    from see_ray.serving.replica import activation_of_manifest
+    from see_ray.store.expert_files import activation_of_manifest
 
     engine.load(Expert("everywhere", folder, replace(activation_of_manifest(manifest), tokens=None)))
     try:
@@ -401,7 +401,7 @@ def test_a_full_form_expert_applies_to_the_whole_prompt(engine, experts, config,
 def test_an_adapter_that_changes_nothing_is_refused(engine, config, experts, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from see_ray.serving.replica import activation_of_manifest
+    from see_ray.store.expert_files import activation_of_manifest
 
     manifest = experts.live[0]
     folder = ExpertStore.open(config.store.url).fetch(manifest.ref, Path("unused"))
@@ -415,7 +415,7 @@ def test_an_adapter_that_changes_nothing_is_refused(engine, config, experts, tmp
 def test_an_adapter_for_another_model_is_refused(engine, config, experts, tmp_path):
     from safetensors.torch import save_file
 
-    from see_ray.serving.replica import activation_of_manifest
+    from see_ray.store.expert_files import activation_of_manifest
 
     manifest = experts.live[0]
     folder = ExpertStore.open(config.store.url).fetch(manifest.ref, Path("unused"))

@@ -16,8 +16,8 @@ from see_ray.errors import ServingError
 from see_ray.models.activation import encode_prompt
 from see_ray.models.base_model import load_model
 from see_ray.routing.chain import ChainEntry, walk
-from see_ray.serving import endpoint
-from see_ray.serving.deployer import app_name
+from see_ray.serving import endpoint as endpoint_module
+from see_ray.serving.app_names import expert_app
 from see_ray.store.expert_store import ExpertStore
 
 LIVE_WITHIN_S = 15
@@ -160,23 +160,23 @@ def test_the_request_id_comes_back(endpoint):
 def test_an_open_address_needs_a_key(host, monkeypatch):
     monkeypatch.delenv("SEE_API_KEY", raising=False)
     with pytest.raises(ServingError, match="--no-auth"):
-        endpoint.check_exposure(load_config(None, [f"serve.host='{host}'"]))
+        endpoint_module.check_exposure(load_config(None, [f"serve.host='{host}'"]))
 
 
 @pytest.mark.parametrize("allowed", ["serve.host=127.0.0.1", "serve.host=localhost", "serve.no_auth=true"])
 def test_loopback_or_a_word_needs_none(allowed, monkeypatch):
     monkeypatch.delenv("SEE_API_KEY", raising=False)
-    assert not endpoint.check_exposure(load_config(None, [allowed])).required
+    assert not endpoint_module.check_exposure(load_config(None, [allowed])).required
 
 
 def test_a_key_is_asked_for_once_there_is_one(monkeypatch):
     monkeypatch.setenv("SEE_API_KEY", "secret")
-    assert endpoint.check_exposure(load_config(None, ["serve.host=0.0.0.0"])).required
+    assert endpoint_module.check_exposure(load_config(None, ["serve.host=0.0.0.0"])).required
 
 
 def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint, config):
     with pytest.raises(ServingError, match="already"):
-        endpoint.start(config)
+        endpoint_module.start(config)
 
 
 # --- the chain -----------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_a_named_expert_is_not_asked(endpoint):
 def test_lookahead_changes_no_outcome(endpoint, config, experts, tokenizer, mixed_queries):
     from ray import serve
 
-    handles = {manifest.name: serve.get_app_handle(app_name(manifest.ref)) for manifest in experts.live}
+    handles = {manifest.name: serve.get_app_handle(expert_app(manifest.ref)) for manifest in experts.live}
     links = [ChainEntry(manifest.name, manifest.threshold) for manifest in reversed(experts.live)]
 
     async def outcome(text: str, lookahead: int) -> tuple:
@@ -227,7 +227,7 @@ def joined(endpoint, config, experts):
     until = time.monotonic() + 120
     while not httpx.get(f"{endpoint}/health").json()["spare"] and time.monotonic() < until:
         time.sleep(0.5)  # the replica that the next expert takes over, started with the endpoint
-    before = endpoint.about_replicas()
+    before = endpoint_module.about_replicas()
     store.publish(experts.spare["upper"].ref)
     began, statuses, seconds = time.monotonic(), [], None
     while seconds is None and time.monotonic() - began < 60:
@@ -235,7 +235,7 @@ def joined(endpoint, config, experts):
         if "upper" in [expert["name"] for expert in httpx.get(f"{endpoint}/health").json()["experts"]]:
             seconds = time.monotonic() - began
         time.sleep(0.3)
-    yield before, endpoint.about_replicas(), seconds, statuses
+    yield before, endpoint_module.about_replicas(), seconds, statuses
     store.remove("upper")
 
 

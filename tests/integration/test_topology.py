@@ -10,24 +10,23 @@ import openai
 import pytest
 from ray import serve
 
+from see_ray.engine.interface import GenerateRequest, SamplingParams
 from see_ray.models.activation import encode_prompt
 from see_ray.routing.chain import GENERALIST
-from see_ray.serving.deployer import Live
+from see_ray.serving.api_keys import ApiKeys
+from see_ray.serving.app_names import ENSEMBLE_APP
 from see_ray.serving.endpoint import ingress_app
-from see_ray.serving.ensemble import ENSEMBLE_APP, Ensemble, ensemble_app
-from see_ray.serving.openai_requests import Sampling
+from see_ray.serving.ensemble import Ensemble, ensemble_app
 from see_ray.serving.topology import PerExpert, Shared
 from see_ray.store.expert_store import ExpertStore
 
-GREEDY = Sampling(12, 0.0, 1.0, (), None)
+GREEDY = SamplingParams(max_tokens=12)
 ADDRESS = "/shared"
 
 
 @pytest.fixture(scope="module")
 def shared_url(endpoint, config):
     """A second ingress, under another address of the same server, with an ensemble behind it."""
-    from see_ray.serving.openai_requests import ApiKeys
-
     settings = config.model_copy(update={"serve": config.serve.model_copy(update={"topology": "shared"})})
     serve.run_many(
         [
@@ -56,8 +55,9 @@ def outcomes(shared_url, config, tokenizer, mixed_queries):
 
     async def ask(topology, live, text: str):
         prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}])
-        trace, pieces = await topology.answer(live, prompt, None, 12, GREEDY)
-        return trace, "".join([piece.text async for piece in pieces])
+        request = GenerateRequest(tuple(prompt), sampling=GREEDY, stream=True)
+        trace, chunks = await topology.answer(live, request, None)
+        return trace, "".join([chunk.text async for chunk in chunks])
 
     async def all_of(topology):
         live = await topology.live()
@@ -86,14 +86,7 @@ async def test_a_replica_that_has_just_started_waits_until_it_knows_the_experts(
     trace = await replica.route(encode_prompt(tokenizer, [{"role": "user", "content": "Hello"}]))
     assert trace.sequence_version == ExpertStore.open(config.store.url).head().version
     assert [asked.expert for asked in trace.asked] == ["dates", "tickets"]
-    replica._loop.cancel()
-
-
-def test_a_replica_that_knows_nothing_yet_does_not_make_others_forget():
-    known = Live(3)
-    assert Live().after(known) is known
-    assert Live(4).after(known).version == 4
-    assert Live().after(Live()).version == -1
+    replica._following.cancel()
 
 
 def test_both_topologies_answer_alike(outcomes):

@@ -57,7 +57,7 @@ def traced(endpoint) -> list[dict[str, Any]]:
 def test_a_query_is_one_trace_through_all_hops(traced):
     names = [span["name"] for span in traced]
     assert sum(name == "replica_handle_request Expert decide" for name in names) == 2
-    for hop in ("Ingress __call__", "Generalist read", "Generalist generate"):
+    for hop in ("Ingress __call__", "Generalist export_prefix", "Generalist generate"):
         assert names.count(f"replica_handle_request {hop}") == 1
 
 

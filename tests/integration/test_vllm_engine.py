@@ -25,7 +25,8 @@ from see_ray.config import FitConfig
 from see_ray.data.demo_tasks import general_questions
 from see_ray.engine.engine import EmbeddedEngine
 from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams
-from see_ray.engine.vllm.engine import CPU_BLOCK, VllmEngine
+from see_ray.engine.vllm.engine import VllmEngine
+from see_ray.engine.vllm.launch import CPU_BLOCK
 from see_ray.errors import ServingError
 from see_ray.models.activation import Activation, activation_of, encode_prompt, p_accept
 from see_ray.models.base_model import load_model

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "see_ray"
 
 IMPORTS_RAY = {
     "cli.demo", "cluster", "evaluate.baselines.compare", "fit.launch", "fit.trainer", "observability.metrics",
-    "observability.tracing", "pipeline", "serving.deployer", "serving.endpoint", "serving.ensemble", "serving.ingress",
-    "serving.replica", "serving.topology",
+    "observability.tracing", "pipeline", "serving.deployer", "serving.endpoint", "serving.ensemble",
+    "serving.http_errors", "serving.ingress", "serving.replica", "serving.topology",
 }  # fmt: skip
 IMPORTS_TORCH_AT_ONCE = {
     "engine.attention", "engine.engine", "engine.forward_batch", "engine.kernels", "engine.kv_cache", "engine.lora",

@@ -38,7 +38,7 @@ from see_ray.data.demo_tasks import demo_tasks
 from see_ray.errors import ConfigError
 from see_ray.progress import Listener
 from see_ray.serving import endpoint
-from see_ray.serving.replica import INGRESS_APP
+from see_ray.serving.app_names import INGRESS_APP
 from see_ray.store.expert_store import ExpertStore
 
 NODE_START_S = 3.0

@@ -109,7 +109,7 @@ class _TimedEngine:
     def __init__(self, config: Config):
         from see_ray.engine.engine import EmbeddedEngine
         from see_ray.engine.interface import Expert
-        from see_ray.serving.replica import activation_of_manifest
+        from see_ray.store.expert_files import activation_of_manifest
 
         store = ExpertStore.open(config.store.url)
         if not (live := store.head().experts):
@@ -125,7 +125,7 @@ class _TimedEngine:
         """Prefill prompts together."""
 
         async def read_all() -> None:
-            await asyncio.gather(*(self._engine.read(prompt) for prompt in prompts))
+            await asyncio.gather(*(self._engine.export_prefix(prompt) for prompt in prompts))
 
         asyncio.run(read_all())
 
@@ -159,9 +159,10 @@ class _TimedEngine:
 
     def handover_s(self, prompt: Prompt) -> float:
         """Seconds to take over another replica's keys and values of a prompt."""
-        arrays = asyncio.run(self._engine.read(prompt))
+        arrays = asyncio.run(self._engine.export_prefix(prompt))
         return _median_s(
-            lambda prompt: self._engine.adopt(prompt, pickle.loads(pickle.dumps(arrays, protocol=5))), [prompt] * 20
+            lambda prompt: self._engine.import_prefix(prompt, pickle.loads(pickle.dumps(arrays, protocol=5))),
+            [prompt] * 20,
         )
 
 

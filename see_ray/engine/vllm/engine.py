@@ -1,11 +1,11 @@
-"""The vLLM engine: decisions and answers of many experts on vLLM, with the embedded engine's interface.
+"""The vLLM engine: decisions and answers of many experts on vLLM.
 
-vLLM brings continuous batching, paged keys and values, tensor parallelism and quantized base models; our plugin
-(`engine.vllm_activation`) brings activated experts, so that a prompt is read once for all of them.
+vLLM provides continuous batching, paged attention, tensor parallelism and quantized base models; our plugin
+(`engine.vllm.plugin`) adds activated experts, so that a prompt is prefilled once for all of them.
 
-A decision is a request for one token that must be one of the two indicators; their log-probabilities make
-P(accept). An expert's answer begins behind its accept indicator. vLLM's `AsyncLLM` lives on an event loop of its
-own, on a thread of its own, so that this engine can be called from any thread and any event loop.
+A decision is a request for one token, restricted to the two indicators; P(accept) follows from their
+log-probabilities. An expert's answer is generated after its accept indicator. vLLM's `AsyncLLM` runs on an event loop
+and a thread of its own, so that this engine can be called from any thread and any event loop.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import shutil
 import tempfile
 import threading
@@ -24,9 +23,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from see_ray.config import BaseModelConfig
-from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams, Token
+from see_ray.engine.interface import Expert, GenerateRequest, PrefixArrays, SamplingParams, Token
 from see_ray.engine.lora import read_adapter
-from see_ray.engine.vllm.plugin import ACTIVATION_POINT, WorkerExtension, problem
+from see_ray.engine.vllm.launch import last_line, launch, set_environment
+from see_ray.engine.vllm.plugin import ACTIVATION_POINT, WorkerExtension
 from see_ray.errors import ServingError
 from see_ray.models.activation import p_accept
 from see_ray.models.base_model import BaseModel, context_length, dtype_of
@@ -34,19 +34,15 @@ from see_ray.models.base_model import BaseModel, context_length, dtype_of
 T = TypeVar("T")
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""LoRA ranks that vLLM can make room for."""
+"""Values that vLLM accepts as `max_lora_rank`."""
 
-CPU_BLOCK = 32
-"""Tokens of a KV block on the CPU: the smallest that vLLM's attention there likes. Only whole blocks are shared."""
-
-CPU_KV_BYTES = 2 << 30
-"""Memory for keys and values on the CPU, where nothing else is said. vLLM would take nine tenths of all there is."""
+PREFIXES_STAY = "the vLLM engine cannot hand on keys and values between replicas; each replica computes its own"
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An expert in vLLM. `adapter` is a LoRARequest, its name and number never used before in this engine, so that
-    keys and values of an expert that had this name earlier are not taken for this one's."""
+    """An expert in vLLM. `adapter` is a LoRARequest whose name and id are unique in this engine, since vLLM caches keys
+    and values by them, also after an expert of that name was replaced."""
 
     expert: Expert
     adapter: Any
@@ -58,15 +54,15 @@ class VllmEngine:
     Args:
         base: the base model to load.
         config: its settings (dtype, context length).
-        experts: so many adapters take part in one step; vLLM reserves memory for each. More can be loaded, and
-            take turns.
-        max_rank: highest LoRA rank of an adapter; memory is reserved for it.
-        threads: threads that compute, on the CPU; None: all cores that this process may use.
-        more: any of vLLM's engine arguments, such as `tensor_parallel_size`, `gpu_memory_utilization`,
+        experts: most adapters in one step (vLLM's `max_loras`); vLLM reserves memory for each. More can be loaded,
+            and take turns.
+        max_rank: highest LoRA rank of an adapter; vLLM reserves memory for it.
+        threads: OpenMP threads on the CPU; None: all cores that this process may use.
+        engine_args: vLLM's engine arguments, such as `tensor_parallel_size`, `gpu_memory_utilization`,
             `kv_cache_memory_bytes`, `quantization` or `max_num_seqs`.
 
     Raises:
-        ServingError: vLLM is missing, of an unknown version, or does not start.
+        ServingError: vLLM is missing, of an unsupported version, or does not start.
     """
 
     def __init__(
@@ -77,15 +73,15 @@ class VllmEngine:
         experts: int = 16,
         max_rank: int = 64,
         threads: int | None = None,
-        **more: Any,
+        **engine_args: Any,
     ):
         if max_rank > RANKS[-1]:
-            raise ServingError(f"vLLM takes adapters up to rank {RANKS[-1]}, not {max_rank}")
+            raise ServingError(f"max_rank is {max_rank}; vLLM supports adapters up to rank {RANKS[-1]}")
         self._max_rank = next(rank for rank in RANKS if rank >= max_rank)
         self.eos = _end_tokens(base.folder)
         self._experts: dict[str, _Loaded] = {}
-        self._numbers = itertools.count(1)
-        self._request_numbers = itertools.count()
+        self._adapter_ids = itertools.count(1)
+        self._request_ids = itertools.count()
         self._folders = Path(tempfile.mkdtemp(prefix="see-ray-adapters-"))
         arguments = {
             "model": str(base.folder),
@@ -94,34 +90,34 @@ class VllmEngine:
             "load_format": "safetensors",
             "disable_log_stats": True,
             "max_cpu_loras": max(experts, 64),
-            **more,
+            **engine_args,
             "trust_remote_code": False,
             "skip_tokenizer_init": True,  # this engine knows token ids only
             "enable_lora": True,
             "max_loras": experts,
             "max_lora_rank": self._max_rank,
-            "specialize_active_lora": False,  # would size GPU kernels by adapters, without those for "none"
+            "specialize_active_lora": False,  # would choose GPU kernels by adapters alone, not counting "none"
             "enable_prefix_caching": True,
             "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         }
-        _set_environment(threads)
+        set_environment(threads)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
         try:
-            self._llm = self._wait(_start(arguments))
+            self._llm = self._wait(launch(arguments))
         except BaseException:
             self._stop_loop()
             raise
         self._block = self._llm.vllm_config.cache_config.block_size
 
-    @property
-    def running(self) -> bool:
-        """Whether vLLM's processes are there; once they are not, this engine must be made anew."""
-        return not self._llm.errored
+    def check_health(self) -> None:
+        """Raise ServingError if vLLM's processes have ended; this engine must then be created anew."""
+        if self._llm.errored:
+            raise ServingError("vLLM's processes have ended; their log says why")
 
     def close(self) -> None:
-        """End vLLM's processes; again changes nothing."""
+        """End vLLM's processes. Has no effect the second time."""
         if self._thread.is_alive():
             self._llm.shutdown()
             self._stop_loop()
@@ -129,11 +125,11 @@ class VllmEngine:
     # --- experts ---------------------------------------------------------------------------
 
     def load(self, expert: Expert) -> None:
-        """Add an expert; one that has its name already is replaced.
+        """Add an expert; replaces one of the same name.
 
         Raises:
-            ServingError: its adapter does not fit the base model, or changes nothing, or the prefix is not shared.
-                Any of these would make the base model answer in the expert's name, or slowly.
+            ServingError: the adapter does not fit the base model, changes nothing, or does not share the base model's
+                prefix. With the first two the base model would answer in the expert's name; with the last, slowly.
         """
         weights = read_adapter(expert.folder).values()
         if not any(down.any() and up.any() for down, up in weights):
@@ -144,13 +140,13 @@ class VllmEngine:
         rank = max(down.shape[0] for down, _ in weights)
         if rank > self._max_rank:
             raise ServingError(
-                f"the adapter of {expert.name} in {expert.folder} has rank {rank}, this engine has room for "
-                f"{self._max_rank}; start it with max_rank={rank}"
+                f"the adapter of {expert.name} in {expert.folder} has rank {rank}, but this engine supports ranks "
+                f"up to {self._max_rank}; start it with max_rank={rank}"
             )
         self._wait(self._load(expert))
 
     def unload(self, name: str) -> None:
-        """Forget an expert. Answers of it that are being written end as usual."""
+        """Remove an expert. Answers of it that are in progress are finished."""
         loaded = self._expert(name)
         del self._experts[name]
         self._wait(self._llm.remove_lora(loaded.adapter.lora_int_id))
@@ -158,18 +154,18 @@ class VllmEngine:
     async def _load(self, expert: Expert) -> None:
         from vllm.lora.request import LoRARequest
 
-        number = next(self._numbers)
-        folder = await asyncio.to_thread(self._plain_lora, expert.folder, number)
-        loaded = _Loaded(expert, LoRARequest(f"{expert.name}@{number}", number, str(folder)))
+        adapter_id = next(self._adapter_ids)
+        folder = await asyncio.to_thread(self._plain_lora, expert.folder, adapter_id)
+        loaded = _Loaded(expert, LoRARequest(f"{expert.name}@{adapter_id}", adapter_id, str(folder)))
         try:
             await self._llm.add_lora(loaded.adapter)
             await self._check(loaded)
         except Exception as error:
-            await self._llm.remove_lora(number)
+            await self._llm.remove_lora(adapter_id)
             if isinstance(error, ServingError):
                 raise
             raise ServingError(
-                f"vLLM cannot load the adapter of {expert.name} in {expert.folder}: {_last_line(error)}"
+                f"vLLM cannot load the adapter of {expert.name} in {expert.folder}: {last_line(error)}"
             ) from error
         former = self._experts.get(expert.name)
         self._experts[expert.name] = loaded
@@ -177,46 +173,45 @@ class VllmEngine:
             await self._llm.remove_lora(former.adapter.lora_int_id)
 
     async def _check(self, loaded: _Loaded) -> None:
-        """See that the adapter fits, applies, and shares the base model's prefix."""
-        expert = loaded.expert
-        where = f"the adapter of {expert.name} in {expert.folder}"
-        of_workers = await self._llm.collective_rpc("see_ray_misfits", args=(loaded.adapter.lora_int_id,))
-        # With pipeline parallelism a layer is on one worker only.
-        misfits = [text for text in of_workers[0] if all(text in others for others in of_workers)]
+        """Check that the adapter fits, applies, and shares the base model's prefix."""
+        description = f"the adapter of {loaded.expert.name} in {loaded.expert.folder}"
+        by_worker = await self._llm.collective_rpc("see_ray_misfits", args=(loaded.adapter.lora_int_id,))
+        # With pipeline parallelism each layer is on one worker only, and a misfit to all others.
+        misfits = [text for text in by_worker[0] if all(text in others for others in by_worker)]
         if misfits:
             raise ServingError(
-                f"{where} was made for another base model: {misfits[0]}"
-                + (f" ({len(misfits)} such places)" if len(misfits) > 1 else "")
+                f"{description} was fitted on another base model: {misfits[0]}"
+                + (f" ({len(misfits)} such layers)" if len(misfits) > 1 else "")
             )
-        activation = expert.activation
-        once, tokens = activation.generation_prompt, activation.tokens or 1
-        prompt = [*once] * (2 + (self._block + tokens) // len(once))
-        seen = sorted({activation.accept, activation.refuse, *once})
+        activation = loaded.expert.activation
+        generation_prompt, adapted_tokens = activation.generation_prompt, activation.tokens or 1
+        prompt = [*generation_prompt] * (2 + (self._block + adapted_tokens) // len(generation_prompt))
+        compared_ids = sorted({activation.accept, activation.refuse, *generation_prompt})
 
-        async def probe(who: _Loaded | None, **more: Any) -> Any:
-            params = self._params(max_tokens=1, temperature=0.0, logprob_token_ids=seen, **more)
-            return await self._result(prompt, who, params)
+        async def probe(expert: _Loaded | None, **params: Any) -> Any:
+            sampling = self._params(max_tokens=1, temperature=0.0, logprob_token_ids=compared_ids, **params)
+            return await self._result(prompt, expert, sampling)
 
-        alone, adapted = [await probe(who, skip_reading_prefix_cache=True) for who in (None, loaded)]
-        if alone.outputs[0].logprobs == adapted.outputs[0].logprobs:
+        base, adapted = [await probe(expert, skip_reading_prefix_cache=True) for expert in (None, loaded)]
+        if base.outputs[0].logprobs == adapted.outputs[0].logprobs:
             raise ServingError(
-                f"{where} changes nothing: the base model's probabilities stay what they are; fit it again"
+                f"{description} changes nothing: the base model's probabilities stay what they are; fit it again"
             )
         if activation.tokens is None:
             return
-        whole = (len(prompt) - tokens) // self._block * self._block
-        for _ in range(3):  # a busy engine may have thrown the prefix out in between
+        shared = (len(prompt) - adapted_tokens) // self._block * self._block
+        for _ in range(3):  # a busy engine may have evicted the prefix in between
             await probe(None)
-            if (await probe(loaded)).num_cached_tokens >= whole:
+            if (await probe(loaded)).num_cached_tokens >= shared:
                 return
-        raise ServingError(f"{where} does not share the base model's prefix: the plugin is not at work in vLLM")
+        raise ServingError(f"{description} does not share the base model's prefix: vLLM runs without the plugin")
 
-    def _plain_lora(self, folder: Path, number: int) -> Path:
-        """The adapter as vLLM takes it: without the note on activation, which it refuses and the plugin replaces."""
+    def _plain_lora(self, folder: Path, adapter_id: int) -> Path:
+        """A folder of the adapter without `alora_invocation_tokens`, which vLLM rejects and the plugin replaces."""
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if not config.pop("alora_invocation_tokens", None):
             return folder.resolve()
-        plain = self._folders / str(number)
+        plain = self._folders / str(adapter_id)
         plain.mkdir()
         (plain / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
         (plain / "adapter_model.safetensors").symlink_to((folder / "adapter_model.safetensors").resolve())
@@ -225,12 +220,12 @@ class VllmEngine:
     # --- decisions and answers -----------------------------------------------------------
 
     async def decide(self, prompt: Sequence[int], experts: Sequence[str], *, fallback: bool = False) -> list[float]:
-        """P(accept) of each named expert for one prompt (token ids); the generalist is always ready, as the prefix
-        that vLLM keeps is its own."""
+        """P(accept) of each named expert for a prompt (token ids). `fallback` has no effect: vLLM caches the prefix
+        that the generalist continues from in any case."""
         return await asyncio.wrap_future(self._submit(self._decide(prompt, experts)))
 
     def decide_now(self, prompt: Sequence[int], experts: Sequence[str]) -> list[float]:
-        """As :meth:`decide`, waiting on the calling thread."""
+        """As :meth:`decide`, blocking the calling thread."""
         return self._wait(self._decide(prompt, experts))
 
     def decide_batch(self, prompts: Sequence[Sequence[int]], expert: str) -> list[float]:
@@ -243,23 +238,21 @@ class VllmEngine:
         return self._wait(decide())
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Token]:
-        """Tokens of an answer, one by one; ends before an end-of-turn token.
-
-        An expert's answer starts after its accept indicator, as it was fitted.
-        """
+        """The tokens of an answer, one by one, without an end-of-turn token. An expert's follow its accept indicator,
+        as in fitting."""
         loaded = None if request.expert is None else self._expert(request.expert)
         if request.sampling.max_tokens < 1:
             return
-        here, tokens = asyncio.get_running_loop(), asyncio.Queue[Token | BaseException | None]()
+        loop, tokens = asyncio.get_running_loop(), asyncio.Queue[Token | BaseException | None]()
 
         async def pump() -> None:
             end: BaseException | None = None
             try:
                 async for token in self._answer(request.prompt, loaded, request.sampling):
-                    here.call_soon_threadsafe(tokens.put_nowait, token)
+                    loop.call_soon_threadsafe(tokens.put_nowait, token)
             except Exception as error:
                 end = error
-            here.call_soon_threadsafe(tokens.put_nowait, end)
+            loop.call_soon_threadsafe(tokens.put_nowait, end)
 
         pumping = self._submit(pump())
         try:
@@ -268,29 +261,45 @@ class VllmEngine:
                     raise token
                 yield token
         finally:
-            pumping.cancel()  # vLLM gives up the request, if it is not over
+            pumping.cancel()  # aborts the request in vLLM, if it is not finished
+
+    async def export_prefix(self, prompt: Sequence[int]) -> PrefixArrays:
+        """Not supported.
+
+        Raises:
+            ServingError: always.
+        """
+        raise ServingError(PREFIXES_STAY)
+
+    def import_prefix(self, prompt: Sequence[int], arrays: PrefixArrays) -> None:
+        """Not supported.
+
+        Raises:
+            ServingError: always.
+        """
+        raise ServingError(PREFIXES_STAY)
 
     # --- on vLLM's event loop ---------------------------------------------------------------
 
     async def _decide(self, prompt: Sequence[int], experts: Sequence[str]) -> list[float]:
-        # The first request reads the prefix; vLLM gives its blocks to the others even within the same step.
+        # The first request prefills the prefix; vLLM shares its blocks with the others even within one step.
         loaded = [self._expert(name) for name in experts]
-        return list(await asyncio.gather(*(self._decision(prompt, one) for one in loaded)))
+        return list(await asyncio.gather(*(self._decision(prompt, expert) for expert in loaded)))
 
     async def _decision(self, prompt: Sequence[int], loaded: _Loaded) -> float:
         activation = loaded.expert.activation
         pair = [activation.accept, activation.refuse]
         params = self._params(max_tokens=1, temperature=0.0, allowed_token_ids=pair, logprob_token_ids=pair)
         output = await self._result(prompt, loaded, params)
-        found = output.outputs[0].logprobs[0]
-        return p_accept(found[activation.accept].logprob, found[activation.refuse].logprob)
+        logprobs = output.outputs[0].logprobs[0]
+        return p_accept(logprobs[activation.accept].logprob, logprobs[activation.refuse].logprob)
 
     async def _answer(
         self, prompt: Sequence[int], loaded: _Loaded | None, sampling: SamplingParams
     ) -> AsyncIterator[Token]:
         from vllm.sampling_params import RequestOutputKind
 
-        ends: frozenset[int] = frozenset() if sampling.ignore_eos else self.eos
+        eos: frozenset[int] = frozenset() if sampling.ignore_eos else self.eos
         params = self._params(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
@@ -298,15 +307,15 @@ class VllmEngine:
             seed=sampling.seed,
             logprobs=sampling.logprobs,
             ignore_eos=sampling.ignore_eos,
-            stop_token_ids=sorted(ends),
+            stop_token_ids=sorted(eos),
             output_kind=RequestOutputKind.DELTA,
         )
         forced = [] if loaded is None else [loaded.expert.activation.accept]
         async for output in self._outputs(prompt, loaded, params, forced):
-            made = output.outputs[0]
-            for number, token in enumerate(made.token_ids):
-                if token not in ends:
-                    yield _token(token, made.logprobs[number] if made.logprobs else None, sampling.logprobs)
+            delta = output.outputs[0]
+            for position, token in enumerate(delta.token_ids):
+                if token not in eos:
+                    yield _token(token, delta.logprobs[position] if delta.logprobs else None, sampling.logprobs)
 
     async def _result(self, prompt: Sequence[int], loaded: _Loaded | None, params: Any) -> Any:
         """vLLM's last output for a request."""
@@ -318,34 +327,34 @@ class VllmEngine:
     async def _outputs(
         self, prompt: Sequence[int], loaded: _Loaded | None, params: Any, forced: Sequence[int] = ()
     ) -> AsyncIterator[Any]:
-        """vLLM's outputs for a prompt and the tokens of the answer that are `forced`."""
+        """vLLM's outputs for a prompt followed by the `forced` first tokens of the answer."""
         from vllm.exceptions import VLLMClientError, VLLMServerError
 
         if loaded is not None and loaded.expert.activation.tokens is not None:
-            # The prompt's end counts, not the answer's: this is where the expert was fitted to begin.
+            # Counted from the end of the prompt, as in fitting, not from the end of the forced tokens.
             params.extra_args = {ACTIVATION_POINT: len(prompt) - loaded.expert.activation.tokens}
-        name = f"see-{next(self._request_numbers)}"
+        request_id = f"see-{next(self._request_ids)}"
         adapter = None if loaded is None else loaded.adapter
         outputs = self._llm.generate(
-            {"prompt_token_ids": [*prompt, *forced]}, params, request_id=name, lora_request=adapter
+            {"prompt_token_ids": [*prompt, *forced]}, params, request_id=request_id, lora_request=adapter
         )
         try:
             async for output in outputs:
                 if output.outputs[0].finish_reason == "error":
-                    raise ServingError(f"vLLM gave up request {name}; its log says why")
+                    raise ServingError(f"vLLM aborted request {request_id}; its log says why")
                 yield output
-        except (VLLMClientError, ValueError) as error:  # it cannot be served as it stands
-            raise ServingError(f"vLLM refuses the request: {_last_line(error)}") from error
+        except (VLLMClientError, ValueError) as error:
+            raise ServingError(f"vLLM rejects the request: {last_line(error)}") from error
         except VLLMServerError as error:
             cause = error.__cause__ or error
-            raise ServingError(f"vLLM cannot answer: {_last_line(cause)}; its log says more") from error
+            raise ServingError(f"vLLM cannot answer: {last_line(cause)}; its log says more") from error
         finally:
             await outputs.aclose()
 
-    def _params(self, **named: Any) -> Any:
+    def _params(self, **params: Any) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(detokenize=False, **named)
+        return SamplingParams(detokenize=False, **params)
 
     def _expert(self, name: str) -> _Loaded:
         try:
@@ -367,73 +376,19 @@ class VllmEngine:
         shutil.rmtree(self._folders, ignore_errors=True)
 
 
-async def _start(arguments: dict[str, Any]) -> Any:
-    """vLLM with the plugin in every process."""
-    try:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.exceptions import VLLMError
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
-    except ImportError as error:
-        raise ServingError(
-            f"vLLM cannot be imported ({_last_line(error)}); install it: `pip install 'see_ray[vllm]'` for GPUs, "
-            "`make setup-vllm` for the CPU"
-        ) from error
-    if current_platform.is_cpu():
-        arguments = {"block_size": CPU_BLOCK, "kv_cache_memory_bytes": CPU_KV_BYTES, **arguments}
-    try:
-        config = AsyncEngineArgs(**arguments).create_engine_config()
-        if problem():
-            raise ServingError(f"activated experts cannot be served: {problem()}")
-        if config.use_v2_model_runner:
-            raise ServingError("activated experts need vLLM's V1 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
-        llm = AsyncLLM.from_vllm_config(config, disable_log_stats=arguments["disable_log_stats"])
-    except (VLLMError, ValueError, TypeError, RuntimeError) as error:
-        raise ServingError(
-            f"vLLM does not start: {_last_line(error)} (a cause in another process is in this process's log)"
-        ) from error
-    problems = await llm.collective_rpc("see_ray_problem")
-    if any(problems):
-        llm.shutdown()
-        raise ServingError(f"activated experts cannot be served: in a worker, {next(filter(None, problems))}")
-    return llm
-
-
-def _set_environment(threads: int | None) -> None:
-    """What vLLM reads from the environment; what the user set there stays."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ours = {
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit torch's threads, and locks they hold
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # replicas on one host would all be bound to the same cores
-        "OMP_NUM_THREADS": str(threads or cores),
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    for name, value in ours.items():
-        if name == "OMP_NUM_THREADS" and threads is not None:
-            os.environ[name] = value
-        os.environ.setdefault(name, value)
-
-
 def _end_tokens(folder: Path) -> frozenset[int]:
-    """End-of-turn tokens as the base model's folder names them."""
+    """End-of-turn token ids in a base model's folder."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if found is not None:
-                return frozenset([found] if isinstance(found, int) else found)
+            eos = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if eos is not None:
+                return frozenset([eos] if isinstance(eos, int) else eos)
     return frozenset()
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith("For further information")]  # pydantic's
-    return (lines or [type(error).__name__])[-1][:400]
-
-
 def _token(token: int, logprobs: dict[int, Any] | None, count: int | None) -> Token:
-    """A token with vLLM's log-probabilities; vLLM names the chosen one beside the likeliest."""
+    """A token with vLLM's log-probabilities, which are those of the `count` likeliest tokens and of the sampled one."""
     if logprobs is None or count is None:
         return Token(token)
-    ranked = sorted(((number, found.logprob) for number, found in logprobs.items()), key=lambda pair: -pair[1])
+    ranked = sorted(((other, entry.logprob) for other, entry in logprobs.items()), key=lambda pair: -pair[1])
     return Token(token, logprobs[token].logprob, tuple(ranked[:count]))

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from see_ray.config import BaseModelConfig
-from see_ray.engine.detokenize import Piece, first_and_rest, pieces
+from see_ray.engine.detokenize import TextChunk, coalesce_after_first, detokenize
 from see_ray.engine.interface import Token
 from see_ray.models.base_model import find, load_tokenizer
 
@@ -58,11 +58,11 @@ def split_at_random(tokenizer, text, draw):
 
 
 async def collect(tokenizer, ids, max_tokens=1000, stop=()):
-    return [piece async for piece in pieces(Ids(ids).stream(), tokenizer, max_tokens, stop)]
+    return [chunk async for chunk in detokenize(Ids(ids).stream(), tokenizer, max_tokens, stop)]
 
 
 def text_of(found):
-    return "".join(piece.text for piece in found)
+    return "".join(chunk.text for chunk in found)
 
 
 # --- characters ----------------------------------------------------------------------------
@@ -77,7 +77,7 @@ async def test_no_piece_holds_half_a_character(tokenizer):
     ids = letters(tokenizer, MULTIBYTE)
     assert len(ids) > len(MULTIBYTE) + 20  # many characters are of several tokens
     found = await collect(tokenizer, ids)
-    assert not [piece for piece in found if "\N{REPLACEMENT CHARACTER}" in piece.text]
+    assert not [chunk for chunk in found if "\N{REPLACEMENT CHARACTER}" in chunk.text]
     assert text_of(found) == MULTIBYTE
 
 
@@ -85,7 +85,7 @@ async def test_a_character_is_given_as_soon_as_it_is_whole(tokenizer):
     ids = encoded(tokenizer, "日")
     assert len(ids) > 1
     found = await collect(tokenizer, [*ids, *encoded(tokenizer, "x")])
-    assert (found[0].text, found[0].tokens) == ("日", len(ids))
+    assert (found[0].text, found[0].num_tokens) == ("日", len(ids))
 
 
 async def test_an_answer_cut_within_a_character_ends_before_it(tokenizer):
@@ -98,7 +98,7 @@ async def test_an_answer_cut_within_a_character_ends_before_it(tokenizer):
 async def test_plain_text_comes_token_by_token(tokenizer):
     ids = encoded(tokenizer, "The capital of France is Paris")
     *words, last = await collect(tokenizer, ids)
-    assert [piece.text for piece in words] == [tokenizer.decode([token]) for token in ids]
+    assert [chunk.text for chunk in words] == [tokenizer.decode([token]) for token in ids]
     assert last.text == ""
 
 
@@ -107,7 +107,7 @@ async def test_special_tokens_are_no_text(tokenizer):
     special = tokenizer.convert_tokens_to_ids(["<repo_name>", "<|im_start|>"])
     found = await collect(tokenizer, [special[0], *a, special[1], *b])
     assert text_of(found) == "ab"
-    assert found[-1].tokens == 4
+    assert found[-1].num_tokens == 4
 
 
 # --- stop strings --------------------------------------------------------------------------
@@ -148,8 +148,8 @@ async def test_nothing_of_a_stop_string_is_given_before_it_is_complete(tokenizer
         text = "".join(draw.choice("ab ") for _ in range(24))
         stop = "".join(draw.choice("ab ") for _ in range(draw.randrange(1, 6)))
         expected, given = text.partition(stop)[0], ""
-        for piece in await collect(tokenizer, split_at_random(tokenizer, text, draw), stop=[stop]):
-            given += piece.text
+        for chunk in await collect(tokenizer, split_at_random(tokenizer, text, draw), stop=[stop]):
+            given += chunk.text
             assert expected.startswith(given), (text, stop, given)
         assert given == expected, (text, stop)
 
@@ -160,7 +160,7 @@ async def test_only_what_may_begin_a_stop_string_is_held_back(tokenizer):
         text = "".join(draw.choice("ab") for _ in range(16))
         stops = ["bbab", "aaaa", "bbbbb"][: draw.randrange(4)]
         ids = split_at_random(tokenizer, text, draw)
-        given = {piece.tokens: piece.text for piece in await collect(tokenizer, ids, stop=stops)}
+        given = {chunk.num_tokens: chunk.text for chunk in await collect(tokenizer, ids, stop=stops)}
         so_far = ""
         for number in range(1, len(ids)):
             so_far += given.get(number, "")
@@ -210,11 +210,11 @@ async def test_a_stop_string_in_the_last_token_allowed_has_the_reason_stop(token
 @pytest.mark.parametrize("stop", [(), ("three",), ("zzz",)])
 async def test_only_the_last_piece_has_a_reason(tokenizer, stop):
     found = await collect(tokenizer, encoded(tokenizer, "one two three four"), stop=stop)
-    assert [piece.finish_reason is not None for piece in found] == [False] * (len(found) - 1) + [True]
+    assert [chunk.finish_reason is not None for chunk in found] == [False] * (len(found) - 1) + [True]
 
 
 async def test_an_empty_answer_is_one_empty_piece(tokenizer):
-    assert await collect(tokenizer, [], stop=["x"]) == [Piece("", 0, "stop")]
+    assert await collect(tokenizer, [], stop=["x"]) == [TextChunk("", 0, "stop")]
 
 
 # --- tokens --------------------------------------------------------------------------------
@@ -222,17 +222,17 @@ async def test_an_empty_answer_is_one_empty_piece(tokenizer):
 
 async def test_the_last_piece_counts_all_tokens(tokenizer):
     ids = letters(tokenizer, MULTIBYTE)
-    assert (await collect(tokenizer, ids))[-1].tokens == len(ids)
+    assert (await collect(tokenizer, ids))[-1].num_tokens == len(ids)
 
 
 async def test_the_count_of_tokens_only_grows(tokenizer):
-    counts = [piece.tokens for piece in await collect(tokenizer, letters(tokenizer, MULTIBYTE), stop=["日本の"])]
+    counts = [chunk.num_tokens for chunk in await collect(tokenizer, letters(tokenizer, MULTIBYTE), stop=["日本の"])]
     assert all(earlier <= later for earlier, later in itertools.pairwise(counts))
 
 
 async def test_tokens_behind_a_stop_string_are_not_counted(tokenizer):
     ids = letters(tokenizer, "abcdef")
-    assert (await collect(tokenizer, ids, stop=["cd"]))[-1].tokens == 4
+    assert (await collect(tokenizer, ids, stop=["cd"]))[-1].num_tokens == 4
 
 
 # --- the engine's iterator -----------------------------------------------------------------
@@ -240,43 +240,43 @@ async def test_tokens_behind_a_stop_string_are_not_counted(tokenizer):
 
 async def test_a_stop_string_closes_the_ids(tokenizer):
     ids = Ids(letters(tokenizer, "abcdef"))
-    assert text_of([piece async for piece in pieces(ids.stream(), tokenizer, 10, ["cd"])]) == "ab"
+    assert text_of([chunk async for chunk in detokenize(ids.stream(), tokenizer, 10, ["cd"])]) == "ab"
     assert (ids.closed, ids.taken) == (True, 4)
 
 
 async def test_the_end_closes_the_ids(tokenizer):
     ids = Ids(letters(tokenizer, "abc"))
-    assert [piece async for piece in pieces(ids.stream(), tokenizer, 10)]
+    assert [chunk async for chunk in detokenize(ids.stream(), tokenizer, 10)]
     assert ids.closed
 
 
 async def test_a_reader_that_goes_away_closes_the_ids(tokenizer):
     ids = Ids(letters(tokenizer, "abcdef"))
-    reading = pieces(ids.stream(), tokenizer, 10)
+    reading = detokenize(ids.stream(), tokenizer, 10)
     assert (await anext(reading)).text == "a"
     await reading.aclose()
     assert (ids.closed, ids.taken) == (True, 1)
 
 
 async def test_an_engine_that_breaks_breaks_the_answer_behind_what_it_gave(tokenizer):
-    reading = pieces(Ids(letters(tokenizer, "ab"), fail=True).stream(), tokenizer, 10)
-    assert [await anext(reading), await anext(reading)] == [Piece("a", 1), Piece("b", 2)]
+    reading = detokenize(Ids(letters(tokenizer, "ab"), fail=True).stream(), tokenizer, 10)
+    assert [await anext(reading), await anext(reading)] == [TextChunk("a", 1), TextChunk("b", 2)]
     with pytest.raises(RuntimeError, match="the engine broke"):
         await anext(reading)
 
 
 async def test_every_token_is_handed_on_once_with_the_pieces(tokenizer):
     ids = letters(tokenizer, MULTIBYTE)
-    assert [token.id for piece in await collect(tokenizer, ids) for token in piece.chosen] == ids
+    assert [token.id for chunk in await collect(tokenizer, ids) for token in chunk.tokens] == ids
 
 
 async def test_an_answer_in_two_pieces_is_the_whole_answer(tokenizer):
     ids = letters(tokenizer, MULTIBYTE)
     source = Ids(ids)
-    two = [piece async for piece in first_and_rest(pieces(source.stream(), tokenizer, 1000))]
+    two = [chunk async for chunk in coalesce_after_first(detokenize(source.stream(), tokenizer, 1000))]
     every = await collect(tokenizer, ids)
     assert len(two) == 2 < len(every)
     assert two[0] == every[0]
-    assert two[1] == Piece("".join(piece.text for piece in every[1:]), len(ids), "stop")
-    assert [token.id for piece in two for token in piece.chosen] == ids
+    assert two[1] == TextChunk("".join(chunk.text for chunk in every[1:]), len(ids), "stop")
+    assert [token.id for chunk in two for token in chunk.tokens] == ids
     assert source.closed

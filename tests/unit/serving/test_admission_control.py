@@ -1,11 +1,11 @@
-"""Who is let in, who is refused, and how soon it is said to come again; time is a number here."""
+"""Which requests are admitted, which rejected, and when those are told to come back; the clock is a number."""
 
 from __future__ import annotations
 
 import pytest
 
 from see_ray.errors import RequestError
-from see_ray.serving.admission_control import ALWAYS, AdmissionController
+from see_ray.serving.admission_control import ALWAYS_ADMITTED, AdmissionController
 
 
 class Clock:
@@ -24,80 +24,80 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def line(clock) -> AdmissionController:
-    """A place costs half a second; a wait of 10 s is allowed."""
-    line = AdmissionController(10, clock)
+def controller(clock) -> AdmissionController:
+    """A queue position costs half a second; a wait of 10 s is allowed."""
+    controller = AdmissionController(10, clock)
     for _ in range(20):
-        with line.admit():
+        with controller.admit():
             clock.now += 0.5
-    return line
+    return controller
 
 
-def enter(line: AdmissionController, count: int) -> list:
-    """Turns of that many who wait for as long as the list is kept."""
-    turns = [line.admit() for _ in range(count)]
-    for turn in turns:
-        turn.__enter__()
-    return turns
+def enter(controller: AdmissionController, count: int) -> list:
+    """Admits that many requests, which wait for as long as the list is kept."""
+    waiting = [controller.admit() for _ in range(count)]
+    for admission in waiting:
+        admission.__enter__()
+    return waiting
 
 
-def test_a_place_costs_what_the_last_ones_took(line):
-    assert line.seconds_per_position() == pytest.approx(0.5)
+def test_a_position_costs_what_the_last_requests_took(controller):
+    assert controller.seconds_per_position() == pytest.approx(0.5)
 
 
-def test_a_place_costs_less_where_many_are_served_together(line, clock):
+def test_a_position_costs_less_where_many_are_served_together(controller, clock):
     for _ in range(2):
-        turns = enter(line, 16)
+        waiting = enter(controller, 16)
         clock.now += 2
-        for turn in turns:
-            turn.__exit__(None, None, None)
-    assert line.seconds_per_position() == pytest.approx(2 * 16 / sum(range(1, 17)))
+        for admission in waiting:
+            admission.__exit__(None, None, None)
+    assert controller.seconds_per_position() == pytest.approx(2 * 16 / sum(range(1, 17)))
 
 
-def test_a_few_are_let_in_before_anything_is_known(clock):
-    line = AdmissionController(10, clock)
-    _kept = enter(line, ALWAYS)
+def test_a_few_are_admitted_before_any_was_served(clock):
+    controller = AdmissionController(10, clock)
+    _kept = enter(controller, ALWAYS_ADMITTED)
     with pytest.raises(RequestError):
-        enter(line, 1)
+        enter(controller, 1)
 
 
-def test_as_many_wait_as_can_be_served_in_time(line):
-    _kept = enter(line, 20)  # half a second each
+def test_as_many_are_admitted_as_can_be_served_in_time(controller):
+    _kept = enter(controller, 20)  # half a second each
     with pytest.raises(RequestError):
-        enter(line, 1)
+        enter(controller, 1)
 
 
-def test_a_refusal_is_a_429_that_says_when_to_come_again(line):
-    _kept = enter(line, 20)
-    with pytest.raises(RequestError) as refused, line.admit():
+def test_a_rejection_is_a_429_with_the_time_to_come_back(controller):
+    _kept = enter(controller, 20)
+    with pytest.raises(RequestError) as refused, controller.admit():
         pass
     assert (refused.value.status, refused.value.type) == (429, "rate_limit_error")
-    assert refused.value.retry_after_s == 5  # half of the line is served by then
+    assert refused.value.retry_after_s == 5  # half of the queue is served by then
 
 
-def test_a_few_are_always_let_in(clock):
-    line = AdmissionController(0.001, clock)
-    with line.admit():
+def test_a_few_are_always_admitted(clock):
+    controller = AdmissionController(0.001, clock)
+    with controller.admit():
         clock.now += 60
-    assert len(enter(line, ALWAYS)) == ALWAYS
+    assert len(enter(controller, ALWAYS_ADMITTED)) == ALWAYS_ADMITTED
 
 
-def test_one_served_makes_room_for_one(line, clock):
-    turns = enter(line, 20)
+def test_one_served_makes_room_for_one(controller, clock):
+    waiting = enter(controller, 20)
     clock.now += 0.5
-    turns.pop().__exit__(None, None, None)
-    assert len(enter(line, 1)) == 1
+    waiting.pop().__exit__(None, None, None)
+    assert len(enter(controller, 1)) == 1
 
 
-def test_a_failure_leaves_the_line_and_tells_nothing(line, clock):
-    turn = line.admit()
-    turn.__enter__()
+def test_a_failed_request_leaves_the_queue_and_is_no_sample(controller, clock):
+    admission = controller.admit()
+    admission.__enter__()
     clock.now += 60
-    turn.__exit__(ValueError, ValueError(), None)
-    assert line.waiting == 0
-    assert line.seconds_per_position() == pytest.approx(0.5)
+    admission.__exit__(ValueError, ValueError(), None)
+    assert controller.waiting == 0
+    assert controller.seconds_per_position() == pytest.approx(0.5)
 
 
-def test_idle_time_does_not_matter(line, clock):
+def test_idle_time_does_not_matter(controller, clock):
     clock.now += 3600
-    assert line.seconds_per_position() == pytest.approx(0.5)
+    assert controller.seconds_per_position() == pytest.approx(0.5)
