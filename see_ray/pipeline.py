@@ -26,13 +26,13 @@ from see_ray.data.general_queries import Chat, general_cache, needed_general, re
 from see_ray.data.reconstruct import KINDS, Reconstruction, reconstruct
 from see_ray.data.task import Row, Task, read_task
 from see_ray.errors import FingerprintError, GateError, LiveError
-from see_ray.fit import launch as fitting
-from see_ray.fit.launch import Fitted
-from see_ray.fit.report import FitSummary, Progress
+from see_ray.fit.launch import fit_expert
+from see_ray.fit.progress_bridge import ProgressBridge
+from see_ray.fit.report import FitSummary, Fitted
+from see_ray.fit.spec import FitSpec
 from see_ray.fit.tracking import Tracker, draw_losses
 from see_ray.models.activation import Activation, activation_of, encode_prompt
 from see_ray.models.base_model import BaseModel, context_length, find, load_tokenizer
-from see_ray.observability import metrics
 from see_ray.progress import Listener
 from see_ray.store.expert_store import ExpertSequence, ExpertStore, Manifest
 
@@ -156,51 +156,13 @@ def _fit(prepared: Prepared, config: Config, folder: Path, listener: Listener) -
     settings = config.fit.model_dump(mode="json")
     name = f"{prepared.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Tracker(Path(config.fit.tracking_dir), name, settings, listener.note) as tracker:
-        fitted = fitting.fit_expert(
-            made.train,
-            prepared.base,
-            prepared.activation,
-            config.base_model,
-            config.fit,
-            folder,
-            name=prepared.task.name,
-            held_out=made.held_out,
-            listener=_FitListener(listener, tracker, prepared.task.name),
+        spec = FitSpec(
+            made.train, prepared.base, config.base_model, prepared.activation, config.fit, held_out=made.held_out
         )
+        bridge = ProgressBridge(listener, tracker, prepared.task.name)
+        fitted = fit_expert(prepared.task.name, spec, folder, bridge)
     draw_losses(fitted.summary, folder / "fit.png")
     return fitted
-
-
-class _FitListener(fitting.Listener):
-    """Hands on what a fit tells: progress and notes to the listener, figures to the tracker, both to metrics."""
-
-    def __init__(self, listener: Listener, tracker: Tracker, task: str):
-        self._listener, self._tracker, self._task = listener, tracker, task
-
-    def progress(self, progress: Progress) -> None:
-        if progress.phase == "fit":
-            metrics.set_gauge("see_fit_progress_ratio", progress.done / max(1, progress.total), task=self._task)
-            if progress.loss is not None:
-                metrics.set_gauge("see_fit_loss", progress.loss, task=self._task)
-            if progress.tokens_per_s is not None:
-                metrics.set_gauge("see_fit_tokens_per_second", progress.tokens_per_s, task=self._task)
-            loss = "" if progress.loss is None else f"loss {progress.loss:.3f}"
-            rate = "" if progress.tokens_per_s is None else f"{progress.tokens_per_s:.0f} tokens/s"
-            self._listener.progress("fitting", progress.done, progress.total, f"{loss}, {rate}")
-        else:
-            titles = {
-                "starting": "starting workers",
-                "prefix": "reading prefixes",
-                "held-out": "deciding on held-out queries",
-                "saving": "saving the adapter",
-            }
-            self._listener.progress(titles[progress.phase], progress.done, progress.total, progress.waiting)
-
-    def note(self, text: str) -> None:
-        self._listener.note(text)
-
-    def figures(self, step: int, figures: dict[str, float]) -> None:
-        self._tracker.log(step, figures)
 
 
 def _admit(

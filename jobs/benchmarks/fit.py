@@ -34,6 +34,7 @@ from see_ray.data.reconstruct import Example
 from see_ray.data.task import read_task
 from see_ray.evaluate.baselines.experiment import accept_example
 from see_ray.fit.launch import fit_expert
+from see_ray.fit.spec import FitSpec
 from see_ray.models.activation import activation_of
 from see_ray.models.base_model import BaseModel, find, load_tokenizer
 
@@ -99,7 +100,8 @@ def fit_once(kind: str, examples: list[Example], base: BaseModel, config: Config
         fit = config.fit.model_copy(update={"form": kind, "eval_every_steps": 1 << 20})
         activation = activation_of(load_tokenizer(base), config.base_model, fit)
         with tempfile.TemporaryDirectory() as folder:
-            fitted = fit_expert(examples, base, activation, config.base_model, fit, Path(folder), name=f"bench-{kind}")
+            spec = FitSpec(examples, base, config.base_model, activation, fit)
+            fitted = fit_expert(f"bench-{kind}", spec, Path(folder))
         seconds = fitted.summary.seconds
     else:
         function = {"hf_trainer": hf_trainer, "bare": bare_loop}[kind]
@@ -157,7 +159,7 @@ def bare_loop(examples: list[Example], config: Config) -> float:
 
     import torch
 
-    from see_ray.fit.local import fit_here
+    from see_ray.fit.local import fit_local
     from see_ray.models.base_model import load_model
 
     torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
@@ -165,7 +167,8 @@ def bare_loop(examples: list[Example], config: Config) -> float:
     activation = activation_of(load_tokenizer(base), config.base_model, config.fit)
     model = load_model(base, config.base_model, "cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        return fit_here(examples, model, base, activation, config.fit, Path(folder)).seconds
+        spec = FitSpec(examples, base, config.base_model, activation, config.fit)
+        return fit_local(spec, model, Path(folder)).seconds
 
 
 def summarize(runs: dict[str, list[Seconds]], examples: list[Example], epochs: int) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from random_llama import ACTIVATION, RANK, free, now, random_tokens
 
-from see_ray.config import FitConfig
+from see_ray.config import BaseModelConfig, FitConfig
 from see_ray.data.reconstruct import Example
-from see_ray.fit.local import fit_here
+from see_ray.fit.local import fit_local
+from see_ray.fit.spec import FitSpec
 from see_ray.models.base_model import BaseModel
 
 ROWS, PROMPT_TOKENS, RESPONSE_TOKENS, EPOCHS, BATCH = 48, 400, 32, 3, 16
@@ -52,7 +53,8 @@ def see_ray_steps(
     config = FitConfig.model_validate(settings)
     activation, stamps = replace(ACTIVATION, tokens=1 if form == "activated" else None), []
     base = BaseModel("random", folder, "")
-    made = fit_here(rows, model, base, activation, config, folder, on_step=lambda *_: stamps.append(now()))
+    spec = FitSpec(rows, base, BaseModelConfig(), activation, config)
+    made = fit_local(spec, model, folder, on_step=lambda *_: stamps.append(now()))
     return made.seconds, stamps
 
 

@@ -36,7 +36,7 @@ class Example:
     Attributes:
         prompt: token ids up to and including the generation prompt; no loss.
         target: the supervised token ids: accept, response and end of turn; or pass alone.
-        kind: where it comes from.
+        kind: `accept` for a row of the task, else where the foreign query comes from.
         row: the same for people: `sa.jsonl:17`, `rehearsal query 3 of sa`, `general query 5`.
     """
 
@@ -44,6 +44,11 @@ class Example:
     target: tuple[int, ...]
     kind: Kind
     row: str = ""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a row of the task, which the expert should accept."""
+        return self.kind == "accept"
 
 
 @dataclass(frozen=True)
@@ -119,13 +124,13 @@ def reconstruct(
         return new
 
     train = [accept(row) for row in task.train]
-    foreign: list[tuple[str, Chat]] = []
+    foreign: list[tuple[Kind, str, Chat]] = []
     claimed: dict[str, int] = {}
     for name, (rehearsal, held_out) in sorted(earlier.items()):
         new = [(number, chat) for number, chat in enumerate(rehearsal, 1) if is_new(chat)]
         train += [refuse(chat, "rehearsal", f"rehearsal query {number} of {name}") for number, chat in new]
         claimed[name] = sum(_key(chat) in of_task for chat in held_out)
-        foreign += [(name, chat) for chat in held_out if is_new(chat)]
+        foreign += [("rehearsal", name, chat) for chat in held_out if is_new(chat)]
 
     queries = parts([row.prompt[-1][1] for row in (*task.train, *task.eval)])
     instructions = sorted({query.instruction for query in queries} - {""})
@@ -135,23 +140,23 @@ def reconstruct(
     kept = math.ceil(min(config.general_negatives, len(chosen) / (1 + HELD_OUT_SHARE)) * HELD_OUT_SHARE)
     apart, fitted = chosen[:kept], chosen[kept : kept + config.general_negatives]
     train += [refuse(chat, "general", f"general query {number}") for number, chat in enumerate(fitted, 1)]
-    foreign += [("general", chat) for chat in apart]
+    foreign += [("general", "general", chat) for chat in apart]
 
     own_queries, their_queries = queries[: len(task.train)], queries[len(task.train) :]
     mixed = [chat for chat in _mixed(fitted, own_queries, config.mixed_negatives, draw) if is_new(chat)]
     train += [refuse(chat, "mixed", f"mixed query {number}") for number, chat in enumerate(mixed, 1)]
     kept = math.ceil(config.mixed_negatives * HELD_OUT_SHARE)
-    foreign += [("mixed", chat) for chat in _mixed(apart, their_queries, kept, draw) if is_new(chat)]
+    foreign += [("mixed", "mixed", chat) for chat in _mixed(apart, their_queries, kept, draw) if is_new(chat)]
 
     draw.shuffle(train)
     own = list(task.eval)
     draw.shuffle(own)
     mine = [accept(row) for row in own[: config.max_eval_rows]]
-    theirs = [refuse(chat, "rehearsal", f"a query of {kind}") for kind, chat in foreign]
+    theirs = [refuse(chat, kind, f"a query of {source}") for kind, source, chat in foreign]
     return Reconstruction(
         train=train,
         own=[(row, list(example.prompt)) for row, example in zip(own, mine, strict=False)],
-        foreign=[(kind, list(example.prompt)) for (kind, _), example in zip(foreign, theirs, strict=True)],
+        foreign=[(source, list(example.prompt)) for (_, source, _), example in zip(foreign, theirs, strict=True)],
         claimed=claimed,
         held_out=[*mine, *theirs],
         rehearsal=sample_queries(task.train, config.rehearsal_share, seed),

@@ -1,37 +1,36 @@
 """One fit in this process, on a base model that is loaded already: for experiments with many small fits.
 
-`fit.fit_expert` starts processes, Ray Train and DeepSpeed, which pays off for a task and costs half a minute;
-a comparison of methods fits dozens of adapters. Here the same steps (`schedule`, `fit_step`) are taken by
-PyTorch's AdamW, with float32 copies of the weights and the learning rate that DeepSpeed would use, on one
-worker. A test holds that both give the same adapter. What is left out is what a single small fit does not need:
-checkpoints, several workers, early stopping, and `fit.deepspeed`.
+`launch.fit_expert` starts processes, Ray Train and DeepSpeed, which pays off for a task and costs half a minute; a
+comparison of methods fits dozens of adapters. Here the same steps (`schedule`, `rank_batches`) are taken by PyTorch's
+AdamW, with float32 copies of the weights and the learning rate that DeepSpeed would use, on one rank. A test holds
+that both give the same adapter. Left out is what a small fit does not need: checkpoints, several workers, early
+stopping, and `fit.deepspeed`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from see_ray.config import FitConfig
-from see_ray.data.reconstruct import Example
 from see_ray.fit.report import Comparison
+from see_ray.fit.spec import FitSpec
 from see_ray.models.activation import Activation
-from see_ray.models.base_model import BaseModel
 
 
 @dataclass(frozen=True)
-class FittedHere:
+class LocalFit:
     """What a fit gives besides the adapter.
 
     Attributes:
         decisions: P(accept) of each held-out row.
         losses: of each step.
         tokens: prompt and response tokens of all examples read, all epochs together.
-        seconds: of prefixes, steps and the look at held-out rows.
+        seconds: of prefixes, steps and the evaluation on held-out rows.
         comparison: with the base model alone on held-out rows of the task; None without any.
     """
 
@@ -42,68 +41,67 @@ class FittedHere:
     comparison: Comparison | None
 
 
-def fit_here(
-    examples: Sequence[Example],
+def fit_local(
+    spec: FitSpec,
     model: Any,
-    base: BaseModel,
-    activation: Activation,
-    config: FitConfig,
     folder: Path,
     *,
-    held_out: Sequence[Example] = (),
     start: Path | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
-) -> FittedHere:
-    """Fit an adapter on `examples` and write it to `folder` as a PEFT folder.
+) -> LocalFit:
+    """Fit an adapter and write it to `folder` as a PEFT folder.
 
     Args:
-        examples: accept and pass examples; every target begins with an indicator.
-        model: the base model; carries an adapter meanwhile, and is as before in the end.
-        base: names it in the adapter.
-        activation: where prompts are split.
-        config: of the fit; what is about workers is ignored.
-        folder: gets the adapter; made if absent.
-        held_out: rows on which the fitted adapter decides.
-        start: a PEFT folder of the same rank and targets to go on from; None begins anew.
-        on_step: hears of every step.
+        spec: what is fitted, and how; settings of workers are ignored.
+        model: the loaded base model; carries an adapter meanwhile, and is as before in the end.
+        folder: gets the adapter; created if absent.
+        start: a PEFT folder of the same rank and targets to continue from; None starts anew.
+        on_step: called after every step with (steps done, steps in all).
 
     Raises:
         FitError: the settings do not fit the base model, or the loss is not finite.
     """
     import torch
 
+    from see_ray.fit.held_out import HeldOutRows
+    from see_ray.fit.peft_adapter import save_adapter, with_adapter
+    from see_ray.fit.prefix_cache import PrefixCache
     from see_ray.fit.rank_batches import RankBatches
+    from see_ray.fit.rank_model import RankModel
     from see_ray.fit.schedule import Schedule
-    from see_ray.fit.trainer import save_adapter, with_adapter
 
+    examples, activation, config = spec.examples, spec.activation, spec.config
     torch.manual_seed(config.seed)
     peft = with_adapter(model, config)
     try:
-        schedule = Schedule([len(activation.split(list(e.prompt))[0]) for e in examples], config, 1)
-        engine = _Engine(peft, activation, config, schedule.steps, start)
-        share = RankBatches(examples, held_out, schedule, engine, 0, activation, config)
+        schedule = Schedule(spec.prefix_lengths(), config, 1)
+        engine = _TorchEngine(peft, activation, config, schedule.steps, start)
+        rank_model = RankModel(engine, activation)
+        prefixes = PrefixCache(rank_model, examples, schedule, config)
+        batches = RankBatches(rank_model, examples, schedule, prefixes, config)
+        held_out = HeldOutRows(rank_model, spec.held_out, prefixes.free_tokens)
         began = time.perf_counter()
-        share.read_prefixes(lambda progress: None)
-        losses = []
-        for step in schedule:
-            loss, _ = share.step(step)
-            losses.append(config.indicator_weight * loss.indicator + loss.response)
+        prefixes.fill(lambda progress: None)
+        losses: list[float] = []
+        for batch in schedule:
+            loss, _ = batches.train_step(batch)
+            losses.append(loss.total(config.indicator_weight))
             on_step(len(losses), schedule.steps)
-        decisions = share.look(lambda progress: None).decisions if held_out else []
-        comparison = share.compare()
+        decisions = held_out.evaluate(lambda progress: None).decisions if spec.held_out else []
+        comparison = held_out.compare()
         seconds = time.perf_counter() - began
         folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(engine.weights(), peft, activation, base, folder)
+        save_adapter(engine.weights(), peft, activation, spec.base, folder)
     finally:
         peft.unload()
-    tokens = config.num_train_epochs * sum(len(e.prompt) + len(e.target) for e in examples)
-    return FittedHere(decisions, losses, tokens, seconds, comparison)
+    tokens = config.num_train_epochs * sum(len(example.prompt) + len(example.target) for example in examples)
+    return LocalFit(decisions, losses, tokens, seconds, comparison)
 
 
-def learning_rate_share(step: int, warmup: int, steps: int) -> float:
-    """Share of the peak learning rate at a step (from 0), as DeepSpeed's WarmupCosineLR has it.
+def learning_rate_factor(step: int, warmup: int, steps: int) -> float:
+    """Factor of the peak learning rate at a step (from 0), as DeepSpeed's WarmupCosineLR has it.
 
-    It sets the rate after each step, so the first two are taken at 0.
+    It sets the rate after each step, so the first two steps are taken at 0.
     """
     done, warmup = step - 1, max(2, warmup)
     if done < 0:
@@ -114,38 +112,39 @@ def learning_rate_share(step: int, warmup: int, steps: int) -> float:
     return 0.0001 + 0.9999 * (1 + math.cos(math.pi * progress)) / 2
 
 
-class _Engine:
-    """What :class:`see_ray.fit.rank_batches.RankBatches` asks of DeepSpeed, with PyTorch alone."""
+class _TorchEngine:
+    """A training engine of PyTorch alone: :class:`see_ray.fit.rank_model.TrainingEngine`."""
 
     def __init__(self, peft: Any, activation: Activation, config: FitConfig, steps: int, start: Path | None):
         import torch
 
-        from see_ray.fit.rank_batches import ExpertLoss
+        from see_ray.fit.loss import ExpertLoss
 
         self.module = ExpertLoss(peft, activation, config)
         self.global_steps = 0
         self._config = config
-        self._params = {name: p for name, p in peft.named_parameters() if p.requires_grad}
+        self._parameters = {name: p for name, p in peft.named_parameters() if p.requires_grad}
         # In half precision small updates would be rounded away: the optimizer works on these copies.
-        self._copies = {name: p.detach().float().clone() for name, p in self._params.items()}
+        self._copies = {name: p.detach().float().clone() for name, p in self._parameters.items()}
         if start is not None:
-            self._read(start)
+            self._load(start)
         self._optimizer = torch.optim.AdamW(
             list(self._copies.values()), config.learning_rate, weight_decay=config.weight_decay
         )
         warmup = max(1, math.ceil(config.warmup_ratio * steps))
         total = max(steps, warmup + 1)
-        self._rates = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: learning_rate_share(step, warmup, total)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: learning_rate_factor(step, warmup, total)
         )
 
-    def _read(self, folder: Path) -> None:
+    def _load(self, folder: Path) -> None:
+        """Start from the weights of a PEFT folder."""
         from safetensors.torch import load_file
 
         saved = load_file(folder / "adapter_model.safetensors")
         for name, copy in self._copies.items():
             copy.copy_(saved[name.replace(".default.", ".")])
-            self._params[name].data.copy_(copy)
+            self._parameters[name].data.copy_(copy)
 
     def weights(self) -> dict[str, Any]:
         """The adapter in float32, by parameter name."""
@@ -155,7 +154,7 @@ class _Engine:
         return 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """A step of several passes adds up their gradients anyway."""
+        """Gradients of a step's micro-batches accumulate anyway."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -166,12 +165,12 @@ class _Engine:
     def step(self) -> None:
         import torch
 
-        for name, param in self._params.items():
-            self._copies[name].grad = None if param.grad is None else param.grad.float()
-            param.grad = None
+        for name, parameter in self._parameters.items():
+            self._copies[name].grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self._copies.values(), self._config.max_grad_norm)
         self._optimizer.step()
-        self._rates.step()
-        for name, param in self._params.items():
-            param.data.copy_(self._copies[name])
+        self._scheduler.step()
+        for name, parameter in self._parameters.items():
+            parameter.data.copy_(self._copies[name])
         self.global_steps += 1

@@ -1,7 +1,7 @@
-"""Adapter and optimizer of a DeepSpeed engine as full float32 tensors, and back again.
+"""Adapter and optimizer state of a DeepSpeed engine as whole float32 tensors, and back again.
 
-DeepSpeed's own checkpoints belong to one number of workers. These tensors do not: every ZeRO stage gives
-and takes them in the same form.
+DeepSpeed's own checkpoints belong to one number of ranks. These tensors are the same for every number of ranks and
+every ZeRO stage.
 
     weights.<name>, exp_avg.<name>, exp_avg_sq.<name>      of each trainable parameter
     step                                                   of Adam's bias correction
@@ -19,25 +19,24 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def gather(engine: Any) -> dict[str, Tensor]:
-    """The state of a fit after at least one step. Collective: all workers call it, all get everything."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    """The engine's state after at least one step. Collective: all ranks call it, all get everything."""
+    from deepspeed.utils import safe_get_full_optimizer_state
 
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
     for name, param in _trainable(engine):
         for moment in _MOMENTS:
             if _is_sharded(param):
-                found = safe_get_full_optimizer_state(param, moment)
+                state = safe_get_full_optimizer_state(param, moment)
             else:
-                found = engine.optimizer.state[param][moment]
-            tensors[f"{moment}.{name}"] = _copy(found, param)
-        found = safe_get_full_fp32_param(param) if _is_sharded(param) else param
-        tensors[f"weights.{name}"] = _copy(found, param)
-    steps = [state["step"] for state in _inner(engine).state.values() if "step" in state]
+                state = engine.optimizer.state[param][moment]
+            tensors[f"{moment}.{name}"] = _copy(state, param)
+    tensors |= {f"weights.{name}": value for name, value in weights(engine).items()}
+    steps = [state["step"] for state in _torch_optimizer(engine).state.values() if "step" in state]
     return {**tensors, "step": torch.tensor(float(steps[0]))}
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
-    """The adapter alone, by parameter name. Collective."""
+    """The adapter's weights, by parameter name. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     return {
@@ -47,15 +46,15 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
 
 def restore(engine: Any, tensors: dict[str, Tensor]) -> None:
-    """Put :func:`gather`'s tensors back, on any number of workers. Collective.
+    """Load what :func:`gather` returned, on any number of ranks. Collective.
 
-    The engine must have taken a step (whichever: everything is overwritten), since optimizers make their
-    state in the first one.
+    The engine must have taken a step on any batch, since optimizers create their state in the first one; all of it
+    is overwritten.
     """
     for name, param in _trainable(engine):
         for moment in _MOMENTS:
             _put(engine, param, tensors[f"{moment}.{name}"], moment)
-    for state in _inner(engine).state.values():
+    for state in _torch_optimizer(engine).state.values():
         if torch.is_tensor(state.get("step")):
             state["step"].fill_(tensors["step"].item())
         elif "step" in state:
@@ -64,7 +63,7 @@ def restore(engine: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def set_weights(engine: Any, values: dict[str, Tensor]) -> None:
-    """Overwrite the adapter, the optimizer's float32 copy of it included. Collective."""
+    """Overwrite the adapter's weights and the optimizer's float32 copy of them. Collective."""
     import deepspeed
 
     params = dict(_trainable(engine))
@@ -81,19 +80,20 @@ def set_weights(engine: Any, values: dict[str, Tensor]) -> None:
 
 
 def _put(engine: Any, param: Any, value: Tensor, moment: str | None) -> None:
+    """Overwrite an optimizer moment of a parameter, or its float32 copy where `moment` is None."""
     from deepspeed import utils
 
-    if hasattr(param, "ds_id"):  # ZeRO 3: each worker has an equal part of each parameter, the last one padded
-        mine = utils.safe_get_local_optimizer_state(param, "exp_avg").numel()
-        padded = torch.zeros(mine * engine.dp_world_size)
+    if hasattr(param, "ds_id"):  # ZeRO 3: each rank has an equal part of each parameter, the last one padded
+        size = utils.safe_get_local_optimizer_state(param, "exp_avg").numel()
+        padded = torch.zeros(size * engine.dp_world_size)
         padded[: value.numel()] = value.flatten()
         rank = torch.distributed.get_rank(param.ds_process_group)
-        part = padded[mine * rank : mine * (rank + 1)]
+        part = padded[size * rank : size * (rank + 1)]
         if moment:
             utils.safe_set_local_optimizer_state(param, part, moment)
         else:
             utils.safe_set_local_fp32_param(param, part)
-    elif hasattr(param, "_hp_mapping"):
+    elif hasattr(param, "_hp_mapping"):  # ZeRO 1 and 2
         if moment:
             utils.safe_set_full_optimizer_state(param, value, moment)
         else:
@@ -107,15 +107,16 @@ def _trainable(engine: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_sharded(param: Any) -> bool:
+    """Whether DeepSpeed keeps the parameter's float32 copy and moments apart from it, in parts."""
     return hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
 
 
-def _inner(engine: Any) -> Any:
-    """PyTorch's optimizer behind DeepSpeed's."""
+def _torch_optimizer(engine: Any) -> Any:
+    """PyTorch's optimizer inside DeepSpeed's."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _copy(found: Tensor, param: Any) -> Tensor:
-    """As float32 in host memory, in the shape of the whole parameter."""
+def _copy(value: Tensor, param: Any) -> Tensor:
+    """A copy as float32 in host memory, in the shape of the whole parameter."""
     shape = getattr(param, "ds_shape", param.shape)
-    return found.detach().flatten()[: shape.numel()].reshape(shape).float().cpu().clone()
+    return value.detach().flatten()[: shape.numel()].reshape(shape).float().cpu().clone()

@@ -1,23 +1,26 @@
-"""What a fit tells: where it stands while it runs, and what it did in the end."""
+"""What a fit reports: where it stands while it runs, and what it did in the end."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-RESULT = "result.json"
-"""What worker 0 leaves beside the adapter for the driver: summary, held-out decisions, comparison."""
+RESULT_FILE = "result.json"
+"""What rank 0 leaves beside the adapter for the driver: a :class:`Fitted` as JSON."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a fit stands, as its workers tell it.
+    """Where a fit stands.
 
     Attributes:
-        phase: `starting`, `prefix` (reading prefixes), `fit` (taking steps), `held-out` (deciding on
-            held-out prompts) or `saving`.
+        phase: `starting`, `prefix` (reading prefixes), `fit` (optimizer steps), `held-out` (deciding on held-out
+            prompts) or `saving`.
         done, total: batches or steps of this phase.
         loss: of the last step; None outside `fit`.
-        tokens_per_s: prompt and response tokens of the examples seen, per second since start.
+        tokens_per_s: prompt and response tokens of the examples read, per second since the start.
         waiting: while starting, what the workers need and what is free.
     """
 
@@ -29,16 +32,20 @@ class Progress:
     waiting: str = ""
 
 
+Report = Callable[[Progress], object]
+"""Called with the progress of a phase."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The fitted adapter beside the base model alone, on held-out rows of the task.
 
     Attributes:
-        rows: how many were read; at most `fit_step.COMPARED_ROWS`.
-        expert_loss: mean loss of a response token with the adapter, behind the accept indicator.
+        rows: how many were read; at most `held_out.COMPARED_ROWS`.
+        expert_loss: mean loss of a response token with the adapter, behind the accept indicator, in nats.
         generalist_loss: the same of the base model alone, which writes no indicator.
         change: the most that the adapter changes a row's log odds of accept against pass.
-        seconds: what reading them took.
+        seconds: that reading them took.
     """
 
     rows: int
@@ -56,18 +63,24 @@ class FitSummary:
         steps: optimizer steps taken.
         examples: accept and pass examples.
         tokens: prompt and response tokens of all examples read, all epochs together.
-        seconds: of prefixes, steps, looks at held-out rows and checkpoints, over all starts.
+        seconds: of prefixes, steps, evaluations and checkpoints, over all starts.
         setup_seconds: from the last worker's start to its first prefix.
         tokens_per_s: `tokens` over `seconds`.
+        first_loss, last_loss: of the first and the last step.
         losses, indicator_losses, response_losses: of each step.
-        evaluations: of each look at the held-out rows: step, own_accuracy, foreign_accuracy (at
-            P(accept) 0.5), response_loss.
+        evaluations: on held-out rows, oldest first: step, own_accuracy, foreign_accuracy (at P(accept) 0.5),
+            response_loss.
         fewest_reads, most_reads: how often the least and the most read example was read; both are the
             number of epochs unless the fit stopped early.
-        resumed: times it went on from a checkpoint.
-        kv_store_gb: bound of the memory for kept prefixes; kv_hit_rate: share of prefixes found there.
+        resumed: times it resumed from a checkpoint.
+        stopped_early: whether `fit.early_stopping_patience` ended it.
+        kv_store_gb: most memory for kept prefixes.
+        kv_hit_rate: share of prefixes that were kept and not read again.
         padding_share: share of padding among the tokens of the steps' forward passes.
-        memory_gb: the most that worker 0 used.
+        memory_gb: the most that rank 0 used.
+        workers: number of ranks.
+        zero_stage: of DeepSpeed.
+        dtype: of the base model.
     """
 
     steps: int
@@ -93,3 +106,29 @@ class FitSummary:
     workers: int
     zero_stage: int
     dtype: str
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit gives besides the adapter.
+
+    Attributes:
+        summary: what it did.
+        decisions: P(accept) of each held-out row.
+        comparison: with the base model alone on those of them that are the task's own; None without any.
+    """
+
+    summary: FitSummary
+    decisions: list[float]
+    comparison: Comparison | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write :data:`RESULT_FILE` to a folder."""
+        (folder / RESULT_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> Fitted:
+        """Read what :meth:`write` wrote."""
+        data = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        comparison = Comparison(**data["comparison"]) if data["comparison"] else None
+        return Fitted(FitSummary(**data["summary"]), data["decisions"], comparison)

@@ -1,11 +1,10 @@
-"""Which examples each step of a fit reads, and on which worker, for any number of workers.
+"""Which examples each batch of a fit reads, and on which rank, for any number of ranks.
 
-Examples are dealt to as many *lanes* as a step has places. A lane belongs to one worker for
-the whole fit, so its prefixes stay there, and is shuffled within itself every epoch. The
-examples of a step are thus the same whether one worker takes them or eight: each example is
-read exactly once an epoch, and shares differ by one example at most.
+Examples are dealt to as many *lanes* as a batch has places. A lane belongs to one rank for the whole fit, so its
+prefixes stay there; it is shuffled within itself every epoch. The examples of a batch are thus the same whether one
+rank reads them or eight: each example is read exactly once an epoch, and ranks' parts differ by one example at most.
 
-Pure arithmetic on numbers of examples; every worker computes the same schedule by itself.
+Pure arithmetic on indices of examples; every rank computes the same schedule by itself.
 """
 
 from __future__ import annotations
@@ -16,31 +15,31 @@ from collections.abc import Iterator, Sequence
 from see_ray.config import FitConfig
 
 PREFILL_TOKENS = 2048
-"""Tokens, padding included, of one prefix batch; enough to keep a processor's units busy."""
+"""Most tokens, padding included, in one forward pass over prefixes; enough to keep a processor's units busy."""
 
 
 class Schedule:
-    """The steps of one fit. Iterating gives each step's example numbers over all workers.
+    """The batches of one fit. Iterating gives each batch's example indices, over all ranks.
 
     Args:
         prefix_lengths: tokens of each example's prefix; 0 in the full form.
         config: batch size, epochs and seed.
-        world: number of workers.
+        world_size: number of ranks.
 
     Attributes:
-        steps: number of optimizer steps in all.
-        steps_per_epoch: of which so many read every example once.
+        steps: number of batches in all; each is one optimizer step.
+        steps_per_epoch: number of batches that together read every example once.
     """
 
-    def __init__(self, prefix_lengths: Sequence[int], config: FitConfig, world: int):
+    def __init__(self, prefix_lengths: Sequence[int], config: FitConfig, world_size: int):
         self._config = config
-        self.world = world
+        self.world_size = world_size
         self.prefix_lengths = list(prefix_lengths)
         order = list(range(len(prefix_lengths)))
         random.Random(f"lanes {config.seed}").shuffle(order)
         width = min(config.train_batch_size, len(order))
         self._lanes = [order[lane::width] for lane in range(width)]
-        self._worker = {number: index % world for index, lane in enumerate(self._lanes) for number in lane}
+        self._rank = {index: number % world_size for number, lane in enumerate(self._lanes) for index in lane}
         self.steps_per_epoch = len(self._lanes[0])
         self.steps = config.num_train_epochs * self.steps_per_epoch
 
@@ -52,30 +51,30 @@ class Schedule:
             for step in range(len(lanes[0])):
                 yield [lane[step] for lane in lanes if step < len(lane)]
 
-    def share(self, step: Sequence[int], rank: int) -> list[int]:
-        """The part of a step's examples that a worker reads."""
-        return [number for number in step if self._worker[number] == rank]
+    def part(self, batch: Sequence[int], rank: int) -> list[int]:
+        """A rank's part of a batch."""
+        return [index for index in batch if self._rank[index] == rank]
 
     def stand_in(self, rank: int) -> int:
-        """The example with which a worker without a share takes part in collective operations."""
-        return next((number for number, worker in self._worker.items() if worker == rank), 0)
+        """The example that a rank without a part reads, without effect, to take part in collective operations."""
+        return next((index for index, reader in self._rank.items() if reader == rank), 0)
 
     def prefill_batches(self, rank: int, budget_tokens: int) -> list[list[int]]:
-        """Batches of similar length, of a worker's prefixes that are read ahead and kept.
+        """Batches of similar length, of those of a rank's prefixes that are read ahead and kept.
 
         Args:
-            rank: the worker.
+            rank: that reads them.
             budget_tokens: most tokens to keep; the shortest prefixes come first.
         """
         batches: list[list[int]] = []
         kept = 0
-        owned = (number for number, worker in self._worker.items() if worker == rank)
-        for number in sorted(owned, key=lambda n: self.prefix_lengths[n]):
-            length = self.prefix_lengths[number]
+        of_rank = (index for index, reader in self._rank.items() if reader == rank)
+        for index in sorted(of_rank, key=lambda index: self.prefix_lengths[index]):
+            length = self.prefix_lengths[index]
             kept += length
             if kept > budget_tokens:
                 break
             if not batches or (len(batches[-1]) + 1) * length > PREFILL_TOKENS:
                 batches.append([])
-            batches[-1].append(number)
+            batches[-1].append(index)
         return batches

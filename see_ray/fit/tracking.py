@@ -1,6 +1,6 @@
-"""Tracking of a fit: TensorBoard files, MLflow where its address is set, and a picture of the loss.
+"""Tracking of a fit: TensorBoard files, MLflow where `$MLFLOW_TRACKING_URI` is set, and a plot of the losses.
 
-The figures arrive at the driver, so nothing here needs storage that all nodes share.
+It runs on the driver, so it needs no storage that all nodes share.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from see_ray.fit.report import FitSummary
 
 
 class Tracker:
-    """Writes the figures of one fit while it runs.
+    """Writes what is measured during one fit; a context manager.
 
     Args:
         folder: gets a folder of TensorBoard files, named after the fit.
         name: of the fit; also the name of the MLflow run.
-        settings: written once, for MLflow's parameters.
-        note: hears where to look, and when a tracker does not answer.
+        settings: become the parameters of the MLflow run.
+        note: called with a message where to look, or that MLflow does not answer.
     """
 
     def __init__(self, folder: Path, name: str, settings: dict[str, Any], note: Callable[[str], None]):
         from torch.utils.tensorboard import SummaryWriter
 
         self._note = note
-        self._board = SummaryWriter(str(folder / name))
+        self._summary_writer = SummaryWriter(str(folder / name))
         note(f"figures of this fit: tensorboard --logdir {folder}")
         self._mlflow: Any = None
         if os.environ.get("MLFLOW_TRACKING_URI"):
@@ -46,22 +46,23 @@ class Tracker:
             mlflow.start_run(run_name=name)
             mlflow.log_params({key: str(value)[:500] for key, value in settings.items()})
             self._mlflow = mlflow
-        except Exception as error:  # whatever the client raises: a fit does not stop for its tracker
-            self._lost(error)
+        except Exception as error:  # whatever the client raises: tracking does not stop a fit
+            self._disable_mlflow(error)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Write what was measured after a step."""
         for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
+            self._summary_writer.add_scalar(name, value, step)
         if self._mlflow is not None:
             try:
                 self._mlflow.log_metrics({name.replace("/", "."): value for name, value in figures.items()}, step=step)
             except Exception as error:
-                self._lost(error)
+                self._disable_mlflow(error)
 
-    def _lost(self, error: Exception) -> None:
+    def _disable_mlflow(self, error: Exception) -> None:
         self._mlflow = None
-        self._note(f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not take figures, going on without: {error}")
+        address = os.environ["MLFLOW_TRACKING_URI"]
+        self._note(f"MLflow at {address} does not accept figures; the fit continues without it: {error}")
 
     def __enter__(self) -> Self:
         return self
@@ -69,13 +70,13 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._board.close()
+        self._summary_writer.close()
         if self._mlflow is not None:
             self._mlflow.end_run("FINISHED" if error is None else "FAILED")
 
 
 def draw_losses(summary: FitSummary, path: Path) -> None:
-    """A picture of the losses over the steps, and of what the held-out rows showed."""
+    """Plot the losses over the steps, and the decisions on held-out rows, to an image file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,13 +86,11 @@ def draw_losses(summary: FitSummary, path: Path) -> None:
     steps = range(1, summary.steps + 1)
     left.plot(steps, _floored(summary.indicator_losses), label="indicator")
     left.plot(steps, _floored(summary.response_losses), label="response")
-    looks = summary.evaluations
-    if looks:
-        left.plot(
-            [e["step"] for e in looks], _floored([e["response_loss"] for e in looks]), "o", label="held-out response"
-        )
-        for share, label in (("own_accuracy", "own accepted"), ("foreign_accuracy", "foreign passed")):
-            right.plot([e["step"] for e in looks], [e[share] for e in looks], "o-", label=label)
+    if evaluations := summary.evaluations:
+        evaluated = [e["step"] for e in evaluations]
+        left.plot(evaluated, _floored([e["response_loss"] for e in evaluations]), "o", label="held-out response")
+        for key, label in (("own_accuracy", "own accepted"), ("foreign_accuracy", "foreign passed")):
+            right.plot(evaluated, [e[key] for e in evaluations], "o-", label=label)
         right.legend()
     left.set(xlabel="step", ylabel="loss per token", yscale="log", title="loss")
     right.set(xlabel="step", ylabel="share", ylim=(-0.03, 1.03), title="held-out decisions at 0.5")
@@ -101,5 +100,5 @@ def draw_losses(summary: FitSummary, path: Path) -> None:
 
 
 def _floored(losses: Sequence[float]) -> list[float]:
-    """What a logarithmic axis can show."""
+    """Losses as a logarithmic axis can show them."""
     return [max(loss, 1e-5) for loss in losses]

@@ -11,35 +11,36 @@ from see_ray.data.general_queries import read_general_file
 from see_ray.data.reconstruct import Example, reconstruct
 from see_ray.data.task import read_task
 from see_ray.errors import FitError
-from see_ray.fit.launch import Listener, fit_expert
+from see_ray.fit.launch import fit_expert
 from see_ray.fit.report import Progress
-from see_ray.fit.trainer import best_step, had_enough
+from see_ray.fit.spec import FitSpec
+from see_ray.fit.status import FitListener
 from see_ray.models.activation import activation_of
 
 TOLERANCE = 0.02
 """Largest difference of P(accept) between fits that differ only in how sums are ordered."""
 
 
-class Heard(Listener):
-    """Keeps what a fit tells."""
+class Recorder(FitListener):
+    """Keeps the status of a fit."""
 
     def __init__(self) -> None:
-        self.seen: list[Progress] = []
+        self.progresses: list[Progress] = []
         self.notes: list[str] = []
-        self.figured: list[tuple[int, dict[str, float]]] = []
+        self.measured: list[tuple[int, dict[str, float]]] = []
 
     def progress(self, progress: Progress) -> None:
-        self.seen.append(progress)
+        self.progresses.append(progress)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
-        self.figured.append((step, figures))
+        self.measured.append((step, figures))
 
 
 @pytest.fixture(scope="module")
-def made(config, tokenizer, tasks, task_file, general_file):
+def prepared(config, tokenizer, tasks, task_file, general_file):
     """21 accept and 16 pass examples: neither divides by the workers or by the batch."""
     task = read_task(task_file(tasks["dates"], 24), eval_share=0.1)
     activation = activation_of(tokenizer, config.base_model, config.fit)
@@ -48,14 +49,17 @@ def made(config, tokenizer, tasks, task_file, general_file):
 
 
 @pytest.fixture(scope="module")
-def fit(config, ray_here, base, made, tokenizer, tasks, tmp_path_factory):
+def fit(config, ray_here, base, prepared, tokenizer, tasks, tmp_path_factory):
     """Fits with changed settings; returns the folder and what fit_expert returned."""
     from see_ray.models.activation import encode_prompt
 
-    activation, reconstruction = made
+    activation, reconstruction = prepared
     held_out = [
-        Example(tuple(encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])), target, "general", name)
-        for name, target in (("dates", (activation.accept, 42, 43)), ("tickets", (activation.refuse,)))
+        Example(tuple(encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])), target, kind, name)
+        for name, target, kind in (
+            ("dates", (activation.accept, 42, 43), "accept"),
+            ("tickets", (activation.refuse,), "rehearsal"),
+        )
         for row in tasks[name].test[:8]
     ]
 
@@ -63,20 +67,17 @@ def fit(config, ray_here, base, made, tokenizer, tasks, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         settings = config.fit.model_copy(update={"train_batch_size": 8, "threads_per_worker": 1, **changes})
         point = activation_of(tokenizer, config.base_model, settings)
-        fitted = fit_expert(
-            reconstruction.train, base, point, config.base_model, settings, folder,
-            name=f"test-{name}", held_out=held_out, listener=listener,
-        )  # fmt: skip
-        return folder, fitted
+        spec = FitSpec(reconstruction.train, base, config.base_model, point, settings, held_out)
+        return folder, fit_expert(f"test-{name}", spec, folder, listener)
 
     return run
 
 
 @pytest.fixture(scope="module")
 def one_worker(fit):
-    heard = Heard()
-    folder, fitted = fit("one", heard)
-    return folder, fitted, heard
+    recorder = Recorder()
+    folder, fitted = fit("one", recorder)
+    return folder, fitted, recorder
 
 
 def test_a_fit_learns(one_worker):
@@ -91,7 +92,7 @@ def test_held_out_decisions_tell_own_from_foreign(one_worker):
     assert sum(decisions[8:]) / 8 < sum(decisions[:8]) / 8
 
 
-def test_the_adapter_is_compared_with_the_base_model_alone(one_worker, base, config, made, tokenizer, tasks):
+def test_the_adapter_is_compared_with_the_base_model_alone(one_worker, base, config, tokenizer, tasks):
     import torch
 
     from see_ray.models.activation import encode_prompt
@@ -110,10 +111,10 @@ def test_the_adapter_is_compared_with_the_base_model_alone(one_worker, base, con
     assert comparison.change > 1
 
 
-def test_the_workers_tell_their_progress(one_worker):
-    phases = [progress.phase for progress in one_worker[2].seen]
+def test_the_workers_report_their_progress(one_worker):
+    phases = [progress.phase for progress in one_worker[2].progresses]
     assert "starting" in phases
-    steps = [progress for progress in one_worker[2].seen if progress.phase == "fit"]
+    steps = [progress for progress in one_worker[2].progresses if progress.phase == "fit"]
     assert [progress.done for progress in steps] == sorted(progress.done for progress in steps)
     assert all(progress.total == 10 and progress.loss > 0 and progress.tokens_per_s > 0 for progress in steps)
 
@@ -131,9 +132,9 @@ def test_every_row_is_read_once_an_epoch(one_worker):
 
 
 def test_every_step_is_measured_once_and_held_out_rows_after_each_epoch(one_worker):
-    figured = one_worker[2].figured
-    assert [step for step, figures in figured if "train/loss" in figures] == list(range(1, 11))
-    assert [step for step, figures in figured if "eval/own_accuracy" in figures] == [5, 10]
+    measured = one_worker[2].measured
+    assert [step for step, figures in measured if "train/loss" in figures] == list(range(1, 11))
+    assert [step for step, figures in measured if "eval/own_accuracy" in figures] == [5, 10]
 
 
 def test_the_result_is_a_peft_folder(one_worker):
@@ -145,7 +146,7 @@ def test_the_result_is_a_peft_folder(one_worker):
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_workers_fit_the_same_expert_as_one(fit, one_worker, stage):
-    # Under ZeRO 3 every pass gathers the whole model; no more of them than are looked at here.
+    # Under ZeRO 3 every forward pass gathers the whole model: evaluate only in the end.
     _, fitted = fit(f"zero{stage}", num_workers=2, zero_stage=stage, eval_every_steps=1000)
     assert (fitted.summary.workers, fitted.summary.zero_stage) == (2, stage)
     assert (fitted.summary.fewest_reads, fitted.summary.most_reads) == (2, 2)
@@ -155,7 +156,7 @@ def test_two_workers_fit_the_same_expert_as_one(fit, one_worker, stage):
     assert fitted.comparison.expert_loss == pytest.approx(one_worker[1].comparison.expert_loss, rel=0.05)
 
 
-class Killer(Heard):
+class Killer(Recorder):
     """Kills the fit's worker, once, after it has written a checkpoint."""
 
     def __init__(self) -> None:
@@ -187,21 +188,6 @@ def test_a_fit_whose_worker_is_killed_goes_on_and_ends_as_undisturbed(fit, one_w
     assert fitted.decisions == pytest.approx(one_worker[1].decisions, abs=TOLERANCE)
 
 
-def look(step: int, accuracy: float, loss: float) -> dict[str, float]:
-    return {"step": step, "own_accuracy": accuracy, "foreign_accuracy": 1.0, "response_loss": loss}
-
-
-def test_patience_ends_where_neither_decisions_nor_responses_improve():
-    looks = [look(1, 0.5, 2.0), look(2, 0.9, 1.0), look(3, 0.9, 0.9999), look(4, 0.8, 1.2)]
-    assert [had_enough(looks[:count], 2) for count in range(1, 5)] == [False, False, False, True]
-    assert not had_enough([*looks, look(5, 0.9, 0.5)], 2)
-    assert not had_enough([*looks, look(5, 1.0, 2.0)], 2)
-
-
-def test_the_best_look_has_the_most_decisions_right_then_the_lowest_loss():
-    assert best_step([look(1, 0.9, 0.1), look(2, 1.0, 0.5), look(3, 1.0, 0.3), look(4, 1.0, 0.4)]) == 3
-
-
 @pytest.fixture(scope="module")
 def full(fit):
     """A fit in the full form that learns nothing, and may stop."""
@@ -225,26 +211,19 @@ def test_a_loss_that_is_not_finite_stops_the_fit(fit):
         fit("nan", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0)
 
 
-def test_out_of_memory_says_what_is_needed_and_which_settings_change_it(config, ray_here, made):
-    import ray
+def test_out_of_memory_says_what_is_needed_and_which_settings_change_it(config, base):
+    from see_ray.fit.memory import out_of_memory_message
 
-    from see_ray.fit.trainer import _out_of_memory
-
-    activation, reconstruction = made
-    settings = {
-        "base_config": config.base_model.model_dump(mode="json"),
-        "activation": activation,
-        "examples": ray.put(reconstruction.train),
-    }
-    message = _out_of_memory(MemoryError("no room for 9 GB"), settings, config.fit)
+    message = out_of_memory_message(MemoryError("no room for 9 GB"), config.base_model, 1000, config.fit)
     assert "no room for 9 GB" in message
     assert "about 0.5 GB for the base model" in message
+    assert "one micro-batch of 1000 tokens" in message
     for setting in ("fit.max_tokens_per_micro_batch (now 16384)", "fit.kv_store_gb (now 4)", "fit.zero_stage=3"):
         assert setting in message
 
 
 def test_a_target_module_that_does_not_exist_is_named(base, config):
-    from see_ray.fit.trainer import with_adapter
+    from see_ray.fit.peft_adapter import with_adapter
     from see_ray.models.base_model import load_model
 
     settings = config.fit.model_copy(update={"target_modules": ("no_such_layer",)})

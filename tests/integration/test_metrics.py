@@ -13,10 +13,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from see_ray.fit.progress_bridge import ProgressBridge
 from see_ray.fit.report import Progress
 from see_ray.fit.tracking import Tracker
 from see_ray.observability.metrics import METRICS
-from see_ray.pipeline import _FitListener
 from see_ray.progress import Listener
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def scraped(endpoint, tmp_path_factory) -> str:
     for extra in ({"max_tokens": 4}, {"max_tokens": 4, "stream": True}):
         assert httpx.post(f"{endpoint}/v1/chat/completions", json=body | extra, timeout=60).status_code == 200
     assert httpx.post(f"{endpoint}/v1/completions", json={"model": "nobody", "prompt": "Hi"}).status_code == 404
-    fit = _FitListener(Listener(), Tracker(tmp_path_factory.mktemp("runs"), "t", {}, print), "tickets")
+    fit = ProgressBridge(Listener(), Tracker(tmp_path_factory.mktemp("runs"), "t", {}, print), "tickets")
     wanted = {f"ray_{name}" for name in METRICS}.union(*map(named, expressions()))
     deadline, text = time.monotonic() + 90, ""
     while time.monotonic() < deadline:  # Ray collects every few seconds, and forgets gauges that nobody sets

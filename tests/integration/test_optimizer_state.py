@@ -16,24 +16,32 @@ STEPS = 6
 HALF = 3
 
 
-def _engine(stage: int, world: int, rank: int) -> tuple[Any, Any, Any]:
-    """A new fit of a tiny model: (share, schedule, learning rate's schedule)."""
-    import deepspeed
+def _start(stage: int, world_size: int, rank: int) -> tuple[Any, Any, Any, Any]:
+    """A new fit of a tiny model: (batches, schedule, engine, learning-rate scheduler)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from see_ray.config import FitConfig
     from see_ray.data.reconstruct import Example
-    from see_ray.fit.rank_batches import ExpertLoss, RankBatches
+    from see_ray.fit.deepspeed_config import deepspeed_config, initialize_engine
+    from see_ray.fit.loss import ExpertLoss
+    from see_ray.fit.peft_adapter import with_adapter
+    from see_ray.fit.prefix_cache import PrefixCache
+    from see_ray.fit.rank_batches import RankBatches
+    from see_ray.fit.rank_model import RankModel
     from see_ray.fit.schedule import Schedule
-    from see_ray.fit.trainer import deepspeed_config, with_adapter
     from see_ray.models.activation import Activation
 
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
-        num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
     config = FitConfig(
         r=3, train_batch_size=5, num_train_epochs=2, learning_rate=1e-2, zero_stage=stage, max_tokens_per_micro_batch=9
     )
@@ -42,42 +50,45 @@ def _engine(stage: int, world: int, rank: int) -> tuple[Any, Any, Any]:
         for i in range(13)
     ]
     activation = Activation((1, 2), 1, 60, 61)
-    schedule = Schedule([len(e.prompt) - 1 for e in examples], config, world)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    schedule = Schedule([len(e.prompt) - 1 for e in examples], config, world_size)
     model = with_adapter(LlamaForCausalLM(shape), config)
-    engine, _, _, rates = deepspeed.initialize(
-        model=ExpertLoss(model, activation, config),
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
-        config=deepspeed_config(config, torch.float32, world, STEPS),
+    engine, scheduler = initialize_engine(
+        ExpertLoss(model, activation, config), deepspeed_config(config, torch.float32, world_size, STEPS)
     )
-    share = RankBatches(examples, examples[:4], schedule, engine, rank, activation, config)
-    share.read_prefixes(lambda progress: None)
-    return share, schedule, rates
+    rank_model = RankModel(engine, activation, rank, world_size)
+    prefixes = PrefixCache(rank_model, examples, schedule, config)
+    prefixes.fill(lambda progress: None)
+    return RankBatches(rank_model, examples, schedule, prefixes, config), schedule, engine, scheduler
 
 
-def _steps(share: Any, schedule: Any, first: int, last: int) -> list[float]:
-    taken = [share.step(step)[0] for number, step in enumerate(schedule, 1) if first <= number <= last]
-    return [loss.indicator + loss.response for loss in taken]
+def _losses(batches: Any, schedule: Any, first: int, last: int) -> list[float]:
+    losses = [batches.train_step(batch)[0] for step, batch in enumerate(schedule, 1) if first <= step <= last]
+    return [loss.indicator + loss.response for loss in losses]
 
 
-def _go_on(share: Any, schedule: Any, rates: Any, saved: Any) -> tuple[list[float], dict[str, Any]]:
+def _resume(stage: int, world_size: int, rank: int, saved: Any) -> tuple[list[float], dict[str, Any]]:
     from see_ray.fit import optimizer_state
 
-    tensors, scheduler = saved
-    share.step(next(iter(schedule)))
-    optimizer_state.restore(share._engine, tensors)
-    rates.load_state_dict(scheduler)
-    for group, rate in zip(share._engine.optimizer.param_groups, rates.get_lr(), strict=True):
+    batches, schedule, engine, scheduler = _start(stage, world_size, rank)
+    tensors, scheduler_state = saved
+    batches.train_step(next(iter(schedule)))
+    optimizer_state.restore(engine, tensors)
+    scheduler.load_state_dict(scheduler_state)
+    for group, rate in zip(engine.optimizer.param_groups, scheduler.get_lr(), strict=True):
         group["lr"] = rate
-    return _steps(share, schedule, HALF + 1, STEPS), optimizer_state.weights(share._engine)
+    return _losses(batches, schedule, HALF + 1, STEPS), optimizer_state.weights(engine)
 
 
-def _worker(rank: int, world: int, port: int, folder: str) -> None:
-    """Two workers: fit straight through, and at each stage half way; one worker: go on from the latter."""
+def _worker(rank: int, world_size: int, port: int, folder: str) -> None:
+    """Two workers: fit straight through, and at each stage half way; one worker: resume from the latter."""
     os.environ |= {
-        "DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        "DS_ACCELERATOR": "cpu",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     import torch
 
     from see_ray.fit import optimizer_state
@@ -85,23 +96,23 @@ def _worker(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     results: dict[str, Any] = {}
-    if world == 2:
-        share, schedule, _ = _engine(2, world, rank)
-        results["straight"] = _steps(share, schedule, 1, STEPS), optimizer_state.weights(share._engine)
+    if world_size == 2:
+        batches, schedule, engine, _ = _start(2, world_size, rank)
+        results["straight"] = _losses(batches, schedule, 1, STEPS), optimizer_state.weights(engine)
         for stage in range(4):
-            share, schedule, rates = _engine(stage, world, rank)
-            _steps(share, schedule, 1, HALF)
-            saved = optimizer_state.gather(share._engine), rates.state_dict()
+            batches, schedule, engine, scheduler = _start(stage, world_size, rank)
+            _losses(batches, schedule, 1, HALF)
+            saved = optimizer_state.gather(engine), scheduler.state_dict()
             if rank == 0:
                 torch.save(saved, f"{folder}/{stage}.pt")
             other = (stage + 1) % 4
-            results[f"two workers, stage {stage} to {other}"] = _go_on(*_engine(other, world, rank), saved)
+            results[f"two workers, stage {stage} to {other}"] = _resume(other, world_size, rank, saved)
     else:
         for stage in range(4):
             saved = torch.load(f"{folder}/{stage}.pt", weights_only=True)
-            results[f"two workers to one, stage {stage} to 2"] = _go_on(*_engine(2, world, rank), saved)
+            results[f"two workers to one, stage {stage} to 2"] = _resume(2, world_size, rank, saved)
     if rank == 0:
-        torch.save(results, f"{folder}/results-{world}.pt")
+        torch.save(results, f"{folder}/results-{world_size}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +121,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from torch.multiprocessing import spawn
 
     folder = tmp_path_factory.mktemp("states")
-    found: dict[str, Any] = {}
-    for world in (2, 1):
+    collected: dict[str, Any] = {}
+    for world_size in (2, 1):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        spawn(_worker, args=(world, port, str(folder)), nprocs=world)
-        found |= torch.load(Path(folder) / f"results-{world}.pt", weights_only=True)
-    return found
+        spawn(_worker, args=(world_size, port, str(folder)), nprocs=world_size)
+        collected |= torch.load(Path(folder) / f"results-{world_size}.pt", weights_only=True)
+    return collected
 
 
 CASES = [
@@ -132,7 +143,7 @@ def test_the_losses_are_those_of_the_undisturbed_fit(results, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_adapter_is_that_of_the_undisturbed_fit(results, case):
-    straight, found = results["straight"][1], results[case][1]
-    assert straight.keys() == found.keys()
+    straight, resumed = results["straight"][1], results[case][1]
+    assert straight.keys() == resumed.keys()
     for name, weights in straight.items():
-        assert (weights - found[name]).abs().max() < 2e-4 * max(1.0, float(weights.abs().max())), name
+        assert (weights - resumed[name]).abs().max() < 2e-4 * max(1.0, float(weights.abs().max())), name

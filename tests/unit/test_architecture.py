@@ -18,14 +18,28 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "see_ray"
 
 IMPORTS_RAY = {
-    "cli.demo", "cluster", "evaluate.baselines.compare", "fit.launch", "fit.trainer", "observability.metrics",
-    "observability.tracing", "pipeline", "serving.deployer", "serving.endpoint", "serving.ensemble",
-    "serving.http_errors", "serving.ingress", "serving.replica", "serving.topology",
+    "cli.demo",
+    "cluster",
+    "evaluate.baselines.compare",
+    "fit.launch",
+    "fit.status",
+    "fit.trainer",
+    "observability.metrics",
+    "observability.tracing",
+    "pipeline",
+    "serving.deployer",
+    "serving.endpoint",
+    "serving.ensemble",
+    "serving.http_errors",
+    "serving.ingress",
+    "serving.replica",
+    "serving.topology",
 }  # fmt: skip
 IMPORTS_TORCH_AT_ONCE = {
     "engine.attention", "engine.engine", "engine.forward_batch", "engine.kernels", "engine.kv_cache", "engine.lora",
     "engine.model_runner", "engine.prefix_cache", "engine.requests", "engine.sampling", "engine.scheduler",
-    "engine.vllm.engine", "fit.optimizer_state", "fit.rank_batches", "fit.trainer", "models.attention_override",
+    "engine.vllm.engine", "fit.deepspeed_config", "fit.held_out", "fit.loss", "fit.memory", "fit.optimizer_state",
+    "fit.prefix_cache", "fit.rank_batches", "fit.rank_model", "fit.trainer", "models.attention_override",
     "models.prefix_kv",
 }  # fmt: skip
 

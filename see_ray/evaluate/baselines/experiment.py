@@ -1,6 +1,6 @@
 """What all methods of a comparison share: one loaded base model, one way to fit, one way to ask.
 
-Every adapter is fitted by `fit_here` on examples in which each target begins with an indicator, and answers
+Every adapter is fitted by `fit_local` on examples in which each target begins with an indicator, and answers
 through the engine, so methods differ in their data and their routing alone. A fit is named by everything that
 makes it: methods that need the same one (the oracle and all routers, or any method's first task) share it, and
 an interrupted comparison finds it again.
@@ -24,9 +24,9 @@ from see_ray.data.task import Row, Task
 from see_ray.evaluate.baselines import routers
 from see_ray.evaluate.baselines.plan import Data, Plan, read
 from see_ray.evaluate.batch_inference import Asker, cached_by_prompt, digest, write_json
-from see_ray.fit.launch import CHANGES_NOTHING
-from see_ray.fit.local import fit_here
+from see_ray.fit.local import fit_local
 from see_ray.fit.report import Comparison
+from see_ray.fit.spec import SETTINGS_WITHOUT_EFFECT_ON_RESULT, FitSpec
 from see_ray.models.activation import Activation, activation_of, encode_prompt
 from see_ray.models.base_model import BaseModel, find, load_model, load_tokenizer
 from see_ray.routing.chain import GENERALIST
@@ -151,7 +151,7 @@ class Workbench:
         from filelock import FileLock
 
         config, activation = self._fit_config(form, learning_rate), self.activation(form)
-        settings = config.model_dump(mode="json", exclude=set(CHANGES_NOTHING))
+        settings = config.model_dump(mode="json", exclude=set(SETTINGS_WITHOUT_EFFECT_ON_RESULT))
         rows = [[[e.prompt, e.target] for e in some] for some in (examples, held_out)]
         key = digest([self.base.fingerprint, settings, asdict(activation), rows, start and start.key])
         folder = self.folder / "adapters" / key
@@ -159,10 +159,8 @@ class Workbench:
         with FileLock(f"{folder}.lock"):
             if not (folder / "fit_here.json").is_file():  # written last
                 shutil.rmtree(folder, ignore_errors=True)
-                made = fit_here(
-                    examples, self.model, self.base, activation, config, folder,
-                    held_out=held_out, start=start.folder if start else None,
-                )  # fmt: skip
+                spec = FitSpec(examples, self.base, self.config.base_model, activation, config, held_out)
+                made = fit_local(spec, self.model, folder, start=start.folder if start else None)
                 write_json(folder / "fit_here.json", asdict(made) | {"form": form, "rows": len(examples)})
         return self.found(key)
 

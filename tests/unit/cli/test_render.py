@@ -11,7 +11,7 @@ from see_ray.admission.gate import Finding, Verdict
 from see_ray.cli import render
 from see_ray.data.reconstruct import Example, Reconstruction
 from see_ray.data.task import Task
-from see_ray.fit.launch import FitSummary
+from see_ray.fit.report import FitSummary
 from see_ray.models.activation import Activation
 from see_ray.pipeline import Learned, Prepared
 

@@ -388,3 +388,16 @@ def test_kept_queries_that_are_rows_of_the_task_are_counted(build):
     own = [row.messages for row in (*task.train[:2], *task.eval[:1])]
     made = build(task, earlier={"qa": ([], [*own, *chats("qa", 4)]), "mt": ([], chats("mt", 2))})
     assert made.claimed == {"qa": 3, "mt": 0}
+
+
+# --- kinds -----------------------------------------------------------------------------------
+
+
+def test_held_out_examples_have_the_kind_of_what_they_are(build):
+    """Whoever evaluates goes by the kind alone, so it holds for held-out rows, too."""
+    earlier = {"qa": (chats("qa", 3), chats("qa held-out", 2)), "general": ([], chats("an expert's", 1))}
+    made = build(instructed(), earlier=earlier, general=chats("general", 20), general_negatives=8, mixed_negatives=4)
+    kinds = [example.kind for example in made.held_out]
+    assert kinds == ["accept"] * 8 + ["rehearsal"] * 3 + ["general"] * 4 + ["mixed"] * 2
+    assert [example.is_own for example in made.held_out] == [kind == "accept" for kind in kinds]
+    assert [list(example.prompt) for example in made.held_out if not example.is_own] == [ids for _, ids in made.foreign]

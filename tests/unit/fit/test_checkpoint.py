@@ -12,7 +12,7 @@ from see_ray.errors import StoreError
 from see_ray.fit.checkpoint import KEPT, Checkpoints, TrainState
 
 TENSORS = {"weights.a": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(4.0)}
-POSITION = TrainState(step=4, reads=[1, 2, 1], indicator_losses=[0.5], response_losses=[1.5], scheduler={"last": 3})
+STATE = TrainState(step=4, reads=[1, 2, 1], indicator_losses=[0.5], response_losses=[1.5], scheduler={"last": 3})
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def nothing(note: str) -> None:
 
 
 def test_what_is_saved_is_loaded(checkpoints):
-    checkpoints.save(POSITION, TENSORS)
-    position, tensors = checkpoints.load(nothing)
-    assert position == POSITION
+    checkpoints.save(STATE, TENSORS)
+    state, tensors = checkpoints.load(nothing)
+    assert state == STATE
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
 
@@ -38,26 +38,26 @@ def test_there_is_none_at_first(checkpoints):
 
 def test_the_newest_is_loaded(checkpoints):
     for step in (2, 30, 4):
-        checkpoints.save(replace(POSITION, step=step), TENSORS)
+        checkpoints.save(replace(STATE, step=step), TENSORS)
     assert checkpoints.load(nothing)[0].step == 30
 
 
 def test_only_the_newest_are_kept(checkpoints):
     for step in range(1, 8):
-        checkpoints.save(replace(POSITION, step=step), TENSORS)
+        checkpoints.save(replace(STATE, step=step), TENSORS)
     assert checkpoints.steps() == [7, 6]
     assert KEPT == 2
 
 
 def test_fits_do_not_see_each_others(checkpoints, tmp_path):
-    checkpoints.save(POSITION, TENSORS)
+    checkpoints.save(STATE, TENSORS)
     assert Checkpoints(str(tmp_path), "checkpoints/sa-5678").load(nothing) is None
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty"])
 def test_a_corrupt_one_is_passed_over_for_the_one_before(checkpoints, tmp_path, harm):
     for step in (1, 2):
-        checkpoints.save(replace(POSITION, step=step), TENSORS)
+        checkpoints.save(replace(STATE, step=step), TENSORS)
     newest = next(tmp_path.rglob("00000002-*"))
     data = newest.read_bytes()
     changed = {"cut": data[: len(data) // 2], "flipped": data[:-1] + bytes([data[-1] ^ 1]), "empty": b""}[harm]
@@ -70,13 +70,13 @@ def test_a_corrupt_one_is_passed_over_for_the_one_before(checkpoints, tmp_path, 
 
 
 def test_where_all_are_corrupt_there_is_none(checkpoints, tmp_path):
-    checkpoints.save(POSITION, TENSORS)
+    checkpoints.save(STATE, TENSORS)
     next(tmp_path.rglob("00000004-*")).write_bytes(b"?")
     assert checkpoints.load(lambda note: None) is None
 
 
 def test_a_half_written_one_is_none(checkpoints, tmp_path):
-    checkpoints.save(POSITION, TENSORS)
+    checkpoints.save(STATE, TENSORS)
     newest = next(tmp_path.rglob("00000004-*"))
     newest.with_name(newest.name + "#1").write_bytes(b"unfinished")  # as obstore names what it has not yet renamed
     assert checkpoints.steps() == [4]
@@ -93,15 +93,15 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
         pytest.skip("cannot mount a small file system here")
     try:
         checkpoints = Checkpoints(str(small), "checkpoints/sa-1234")
-        checkpoints.save(replace(POSITION, step=1), TENSORS)
+        checkpoints.save(replace(STATE, step=1), TENSORS)
         with pytest.raises(StoreError, match="there is room"):
-            checkpoints.save(replace(POSITION, step=2), {"weights.a": torch.zeros(1 << 20)})
+            checkpoints.save(replace(STATE, step=2), {"weights.a": torch.zeros(1 << 20)})
         assert checkpoints.load(nothing)[0].step == 1
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
 def test_clearing_leaves_nothing_of_the_fit(checkpoints, tmp_path):
-    checkpoints.save(POSITION, TENSORS)
+    checkpoints.save(STATE, TENSORS)
     checkpoints.clear()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from see_ray.config import FitConfig
+from see_ray.config import BaseModelConfig, FitConfig
 from see_ray.data.reconstruct import Example
-from see_ray.fit.local import fit_here, learning_rate_share
+from see_ray.fit.local import fit_local, learning_rate_factor
+from see_ray.fit.spec import FitSpec
 from see_ray.models.activation import Activation
 from see_ray.models.base_model import BaseModel
 
@@ -31,9 +32,14 @@ def small_model(dtype: torch.dtype):
 
     torch.manual_seed(7)
     shape = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(shape).to(dtype).requires_grad_(False).eval()
 
 
@@ -49,64 +55,71 @@ def small_examples() -> list[Example]:
     return made
 
 
+def spec(config: FitConfig = CONFIG, held_out: tuple[Example, ...] = ()) -> FitSpec:
+    base = BaseModel("small", Path(), "")
+    return FitSpec(small_examples(), base, BaseModelConfig(), ACTIVATION, config, held_out)
+
+
 def with_deepspeed(dtype: str, folder: Path) -> None:
-    """The steps of `fit_worker` with DeepSpeed's engine, alone in a process."""
+    """The steps of `trainer` with DeepSpeed's engine, alone in a process."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    import deepspeed
-
+    from see_ray.fit.deepspeed_config import deepspeed_config, initialize_engine
+    from see_ray.fit.held_out import HeldOutRows
+    from see_ray.fit.loss import ExpertLoss
     from see_ray.fit.optimizer_state import weights
-    from see_ray.fit.rank_batches import ExpertLoss, RankBatches
+    from see_ray.fit.peft_adapter import save_adapter, with_adapter
+    from see_ray.fit.prefix_cache import PrefixCache
+    from see_ray.fit.rank_batches import RankBatches
+    from see_ray.fit.rank_model import RankModel
     from see_ray.fit.schedule import Schedule
-    from see_ray.fit.trainer import deepspeed_config, save_adapter, with_adapter
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model = small_model(DTYPES[dtype])
     torch.manual_seed(CONFIG.seed)
     peft = with_adapter(model, CONFIG)
     examples = small_examples()
-    schedule = Schedule([len(ACTIVATION.split(list(e.prompt))[0]) for e in examples], CONFIG, 1)
+    schedule = Schedule(spec().prefix_lengths(), CONFIG, 1)
     store = torch.distributed.FileStore(str(folder / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    engine, *_ = deepspeed.initialize(
-        model=ExpertLoss(peft, ACTIVATION, CONFIG),
-        model_parameters=[p for p in peft.parameters() if p.requires_grad],
-        config=deepspeed_config(CONFIG, DTYPES[dtype], 1, schedule.steps),
+    engine, _ = initialize_engine(
+        ExpertLoss(peft, ACTIVATION, CONFIG), deepspeed_config(CONFIG, DTYPES[dtype], 1, schedule.steps)
     )
-    share = RankBatches(examples, examples, schedule, engine, 0, ACTIVATION, CONFIG)
-    share.read_prefixes(lambda progress: None)
-    losses = [share.step(step)[0] for step in schedule]
-    told = {
+    rank_model = RankModel(engine, ACTIVATION)
+    prefixes = PrefixCache(rank_model, examples, schedule, CONFIG)
+    batches = RankBatches(rank_model, examples, schedule, prefixes, CONFIG)
+    prefixes.fill(lambda progress: None)
+    losses = [batches.train_step(batch)[0] for batch in schedule]
+    held_out = HeldOutRows(rank_model, examples, prefixes.free_tokens)
+    result = {
         "losses": [CONFIG.indicator_weight * loss.indicator + loss.response for loss in losses],
-        "decisions": share.look(lambda progress: None).decisions,
+        "decisions": held_out.evaluate(lambda progress: None).decisions,
     }
     state = {name.removeprefix("model."): value for name, value in weights(engine).items()}
     save_adapter(state, peft, ACTIVATION, BaseModel("small", folder, ""), folder)
-    (folder / "told.json").write_text(json.dumps(told))
+    (folder / "result.json").write_text(json.dumps(result))
 
 
 @pytest.fixture(scope="module", params=list(DTYPES))
 def both(request, tmp_path_factory):
-    """(what fit_here made, its folder, what DeepSpeed made, its folder, type of the weights)"""
+    """(what fit_local returned, its folder, what DeepSpeed gave, its folder, type of the weights)"""
     here, there = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("there")
-    examples = small_examples()
-    made = fit_here(
-        examples, small_model(DTYPES[request.param]), BaseModel("small", here, ""), ACTIVATION, CONFIG, here,
-        held_out=examples,
-    )  # fmt: skip
+    fitted = fit_local(spec(held_out=tuple(small_examples())), small_model(DTYPES[request.param]), here)
     done = subprocess.run(
-        [sys.executable, __file__, request.param, str(there)], cwd=Path(__file__).parents[3],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, __file__, request.param, str(there)],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    return made, here, json.loads((there / "told.json").read_text()), there, request.param
+    return fitted, here, json.loads((there / "result.json").read_text()), there, request.param
 
 
 def test_the_losses_are_those_of_deepspeed(both):
-    made, _, told, _, dtype = both
-    assert len(made.losses) == 18
-    assert made.losses == pytest.approx(told["losses"], rel=1e-4 if dtype == "float32" else 0.02)
-    assert made.comparison is not None
-    assert made.comparison.expert_loss < made.comparison.generalist_loss - 0.05  # it has learned something
+    fitted, _, result, _, dtype = both
+    assert len(fitted.losses) == 18
+    assert fitted.losses == pytest.approx(result["losses"], rel=1e-4 if dtype == "float32" else 0.02)
+    assert fitted.comparison is not None
+    assert fitted.comparison.expert_loss < fitted.comparison.generalist_loss - 0.05  # it has learned something
 
 
 def test_the_adapter_is_that_of_deepspeed(both):
@@ -119,24 +132,24 @@ def test_the_adapter_is_that_of_deepspeed(both):
 
 
 def test_the_decisions_are_those_of_deepspeed(both):
-    made, _, told, _, dtype = both
-    assert made.decisions == pytest.approx(told["decisions"], abs=1e-3 if dtype == "float32" else 0.03)
+    fitted, _, result, _, dtype = both
+    assert fitted.decisions == pytest.approx(result["decisions"], abs=1e-3 if dtype == "float32" else 0.03)
 
 
 def test_the_base_model_is_as_before(tmp_path):
     model = small_model(torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    fit_here(small_examples(), model, BaseModel("small", tmp_path, ""), ACTIVATION, CONFIG, tmp_path)
+    fit_local(spec(), model, tmp_path)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_it_goes_on_from_an_adapter(tmp_path):
-    model, base = small_model(torch.float32), BaseModel("small", tmp_path, "")
-    first = fit_here(small_examples(), model, base, ACTIVATION, CONFIG, tmp_path / "first")
+    model = small_model(torch.float32)
+    first = fit_local(spec(), model, tmp_path / "first")
     still = CONFIG.model_copy(update={"learning_rate": 1e-12})
-    again = fit_here(small_examples(), model, base, ACTIVATION, still, tmp_path / "again", start=tmp_path / "first")
+    again = fit_local(spec(still), model, tmp_path / "again", start=tmp_path / "first")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "again"))
     assert all(torch.allclose(after[name], value, atol=1e-6) for name, value in before.items())
     assert sum(again.losses) < sum(first.losses)
@@ -152,7 +165,7 @@ def test_the_learning_rate_is_that_of_deepspeed(warmup, steps):
         optimizer, total_num_steps=steps, warmup_num_steps=warmup, warmup_type="linear", cos_min_ratio=0.0001
     )
     for step in range(steps):
-        assert learning_rate_share(step, warmup, steps) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert learning_rate_factor(step, warmup, steps) == pytest.approx(optimizer.param_groups[0]["lr"])
         scheduler.step()
 
 

@@ -11,13 +11,13 @@ from see_ray.fit.schedule import PREFILL_TOKENS, Schedule
 
 NUMBERS = [1, 2, 3, 5, 8, 13, 29, 64]
 BATCHES = [1, 2, 3, 8, 16]
-WORLDS = [1, 2, 3, 4, 7, 8, 20]
-SIZES = list(itertools.product(NUMBERS, BATCHES, WORLDS))
+WORLD_SIZES = [1, 2, 3, 4, 7, 8, 20]
+SIZES = list(itertools.product(NUMBERS, BATCHES, WORLD_SIZES))
 
 
-def schedule(n, batch=8, world=1, epochs=1, seed=0, lengths=None):
+def schedule(n, batch=8, world_size=1, epochs=1, seed=0, lengths=None):
     config = FitConfig(train_batch_size=batch, num_train_epochs=epochs, seed=seed)
-    return Schedule(lengths or [10] * n, config, world)
+    return Schedule(lengths or [10] * n, config, world_size)
 
 
 def epochs_of(made, epochs):
@@ -37,33 +37,33 @@ def varied(n, seed=0):
 
 
 def test_each_example_is_read_exactly_once_an_epoch():
-    for n, batch, world in SIZES:
-        for steps in epochs_of(schedule(n, batch, world, epochs=3), 3):
+    for n, batch, world_size in SIZES:
+        for steps in epochs_of(schedule(n, batch, world_size, epochs=3), 3):
             read = Counter(number for step in steps for number in step)
-            assert read == Counter(range(n)), (n, batch, world)
+            assert read == Counter(range(n)), (n, batch, world_size)
 
 
 def test_steps_is_the_number_of_steps_given():
-    for n, batch, world in SIZES:
-        made = schedule(n, batch, world, epochs=2)
-        assert made.steps == len(list(made)), (n, batch, world)
+    for n, batch, world_size in SIZES:
+        made = schedule(n, batch, world_size, epochs=2)
+        assert made.steps == len(list(made)), (n, batch, world_size)
 
 
 def test_no_step_is_empty():
-    for n, batch, world in SIZES:
-        assert all(schedule(n, batch, world)), (n, batch, world)
+    for n, batch, world_size in SIZES:
+        assert all(schedule(n, batch, world_size)), (n, batch, world_size)
 
 
 def test_every_step_but_the_last_of_an_epoch_has_the_batch_size():
-    for n, batch, world in SIZES:
-        if world <= batch:
-            *full, last = schedule(n, batch, world)
-            assert all(len(step) == batch for step in full), (n, batch, world)
-            assert len(last) == (n % batch or batch), (n, batch, world)
+    for n, batch, world_size in SIZES:
+        if world_size <= batch:
+            *full, last = schedule(n, batch, world_size)
+            assert all(len(step) == batch for step in full), (n, batch, world_size)
+            assert len(last) == (n % batch or batch), (n, batch, world_size)
 
 
 def test_it_can_be_iterated_again():
-    made = schedule(29, batch=8, world=2, epochs=2)
+    made = schedule(29, batch=8, world_size=2, epochs=2)
     assert list(made) == list(made)
 
 
@@ -73,46 +73,46 @@ def test_it_can_be_iterated_again():
 def test_steps_are_the_same_on_any_number_of_workers():
     for n, batch in itertools.product(NUMBERS, BATCHES):
         alone = list(schedule(n, batch, 1, epochs=2))
-        for world in WORLDS:
-            if world <= batch:
-                assert list(schedule(n, batch, world, epochs=2)) == alone, (n, batch, world)
+        for world_size in WORLD_SIZES:
+            if world_size <= batch:
+                assert list(schedule(n, batch, world_size, epochs=2)) == alone, (n, batch, world_size)
 
 
 def test_the_workers_shares_are_disjoint_and_make_up_the_step():
-    for n, batch, world in SIZES:
-        made = schedule(n, batch, world, epochs=2)
+    for n, batch, world_size in SIZES:
+        made = schedule(n, batch, world_size, epochs=2)
         for step in made:
-            shares = [number for rank in range(world) for number in made.share(step, rank)]
-            assert sorted(shares) == sorted(step), (n, batch, world)
+            shares = [number for rank in range(world_size) for number in made.part(step, rank)]
+            assert sorted(shares) == sorted(step), (n, batch, world_size)
 
 
 def test_the_workers_shares_differ_by_at_most_one():
-    for n, batch, world in SIZES:
-        made = schedule(n, batch, world, epochs=2)
+    for n, batch, world_size in SIZES:
+        made = schedule(n, batch, world_size, epochs=2)
         for step in made:
-            sizes = [len(made.share(step, rank)) for rank in range(world)]
-            assert max(sizes) - min(sizes) <= 1, (n, batch, world, sizes)
+            sizes = [len(made.part(step, rank)) for rank in range(world_size)]
+            assert max(sizes) - min(sizes) <= 1, (n, batch, world_size, sizes)
 
 
 def test_an_example_stays_with_its_worker_in_every_epoch():
-    for n, batch, world in SIZES:
-        made = schedule(n, batch, world, epochs=4)
-        workers = {(number, rank) for step in made for rank in range(world) for number in made.share(step, rank)}
-        assert len(workers) == n, (n, batch, world)
+    for n, batch, world_size in SIZES:
+        made = schedule(n, batch, world_size, epochs=4)
+        workers = {(number, rank) for step in made for rank in range(world_size) for number in made.part(step, rank)}
+        assert len(workers) == n, (n, batch, world_size)
 
 
 def test_more_workers_than_places_change_nothing_about_the_steps():
-    few, many = schedule(64, batch=3, world=1), schedule(64, batch=3, world=20)
+    few, many = schedule(64, batch=3, world_size=1), schedule(64, batch=3, world_size=20)
     assert list(few) == list(many)
-    assert sum(bool(many.share(next(iter(many)), rank)) for rank in range(20)) == 3
+    assert sum(bool(many.part(next(iter(many)), rank)) for rank in range(20)) == 3
 
 
 def test_a_worker_stands_in_with_an_example_of_its_own():
-    for n, batch, world in SIZES:
-        made = schedule(n, batch, world)
-        for rank in range(world):
-            owned = [number for step in made for number in made.share(step, rank)]
-            assert made.stand_in(rank) in (owned or range(n)), (n, batch, world, rank)
+    for n, batch, world_size in SIZES:
+        made = schedule(n, batch, world_size)
+        for rank in range(world_size):
+            owned = [number for step in made for number in made.part(step, rank)]
+            assert made.stand_in(rank) in (owned or range(n)), (n, batch, world_size, rank)
 
 
 # --- order ---------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_the_examples_are_not_read_in_the_order_given():
 def test_the_global_random_state_is_left_alone():
     random.seed(1)
     before = random.getstate()
-    list(schedule(29, world=2, epochs=2))
+    list(schedule(29, world_size=2, epochs=2))
     assert random.getstate() == before
 
 
@@ -151,39 +151,39 @@ def test_the_global_random_state_is_left_alone():
 
 
 def test_with_room_for_all_each_worker_reads_ahead_all_it_owns_once():
-    for n, batch, world in SIZES:
-        made = schedule(n, batch, world, lengths=varied(n))
-        for rank in range(world):
-            owned = [number for step in made for number in made.share(step, rank)]
+    for n, batch, world_size in SIZES:
+        made = schedule(n, batch, world_size, lengths=varied(n))
+        for rank in range(world_size):
+            owned = [number for step in made for number in made.part(step, rank)]
             ahead = [number for group in made.prefill_batches(rank, 10**9) for number in group]
-            assert sorted(ahead) == sorted(owned), (n, batch, world, rank)
+            assert sorted(ahead) == sorted(owned), (n, batch, world_size, rank)
 
 
 @pytest.mark.parametrize("budget", [0, 2, 3, 20, 500, 5000, 40_000])
 def test_what_is_read_ahead_fits_the_budget(budget):
     lengths = varied(64)
     for rank in range(3):
-        groups = schedule(64, world=3, lengths=lengths).prefill_batches(rank, budget)
+        groups = schedule(64, world_size=3, lengths=lengths).prefill_batches(rank, budget)
         assert sum(lengths[number] for group in groups for number in group) <= budget
 
 
 @pytest.mark.parametrize("budget", [3, 20, 500, 5000, 40_000])
 def test_the_budget_is_used_until_the_next_shortest_does_not_fit(budget):
     lengths = varied(64)
-    made = schedule(64, world=3, lengths=lengths)
+    made = schedule(64, world_size=3, lengths=lengths)
     for rank in range(3):
         ahead = [number for group in made.prefill_batches(rank, budget) for number in group]
-        left = [number for step in made for number in made.share(step, rank) if number not in ahead]
+        left = [number for step in made for number in made.part(step, rank) if number not in ahead]
         kept = sum(lengths[number] for number in ahead)
         assert not left or kept + min(lengths[number] for number in left) > budget
 
 
 def test_the_shortest_prefixes_are_read_ahead_first():
     lengths = varied(64)
-    made = schedule(64, world=3, lengths=lengths)
+    made = schedule(64, world_size=3, lengths=lengths)
     for rank in range(3):
         order = [lengths[number] for group in made.prefill_batches(rank, 20_000) for number in group]
-        owned = sorted(lengths[number] for step in made for number in made.share(step, rank))
+        owned = sorted(lengths[number] for step in made for number in made.part(step, rank))
         assert order == owned[: len(order)]
 
 

@@ -12,13 +12,30 @@ FIGURES = [(1, {"train/loss": 2.0, "train/tokens_per_s": 100.0}), (2, {"train/lo
 
 def summary(**changes) -> FitSummary:
     values = {
-        "steps": 3, "examples": 4, "tokens": 9, "seconds": 1.0, "setup_seconds": 1.0, "tokens_per_s": 9.0,
-        "first_loss": 2.0, "last_loss": 0.0, "losses": [2.0, 1.0, 0.0], "indicator_losses": [1.0, 0.5, 0.0],
-        "response_losses": [1.0, 0.5, 0.0], "fewest_reads": 1, "most_reads": 1, "resumed": 0, "stopped_early": False,
+        "steps": 3,
+        "examples": 4,
+        "tokens": 9,
+        "seconds": 1.0,
+        "setup_seconds": 1.0,
+        "tokens_per_s": 9.0,
+        "first_loss": 2.0,
+        "last_loss": 0.0,
+        "losses": [2.0, 1.0, 0.0],
+        "indicator_losses": [1.0, 0.5, 0.0],
+        "response_losses": [1.0, 0.5, 0.0],
+        "fewest_reads": 1,
+        "most_reads": 1,
+        "resumed": 0,
+        "stopped_early": False,
         "evaluations": [{"step": 3, "own_accuracy": 1.0, "foreign_accuracy": 0.5, "response_loss": 0.1}],
-        "kv_store_gb": 4.0, "kv_hit_rate": 1.0, "padding_share": 0.0, "memory_gb": 1.0, "workers": 1, "zero_stage": 2,
+        "kv_store_gb": 4.0,
+        "kv_hit_rate": 1.0,
+        "padding_share": 0.0,
+        "memory_gb": 1.0,
+        "workers": 1,
+        "zero_stage": 2,
         "dtype": "float32",
-    }  # fmt: skip
+    }
     return FitSummary(**{**values, **changes})
 
 
@@ -59,7 +76,7 @@ def test_a_fit_goes_on_where_mlflow_does_not_answer(tmp_path, monkeypatch):
     assert any("mlflow" in note.lower() for note in notes[1:])
 
 
-@pytest.mark.parametrize("looks", [[], summary().evaluations], ids=["no looks", "looks"])
-def test_the_losses_are_drawn(tmp_path, looks):
-    draw_losses(summary(evaluations=looks), tmp_path / "fit.png")
+@pytest.mark.parametrize("evaluations", [[], summary().evaluations], ids=["no evaluations", "evaluations"])
+def test_the_losses_are_drawn(tmp_path, evaluations):
+    draw_losses(summary(evaluations=evaluations), tmp_path / "fit.png")
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")

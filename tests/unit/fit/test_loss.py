@@ -1,4 +1,4 @@
-"""The loss of a step, held against plain transformers on the whole texts; a small random model."""
+"""The loss of a micro-batch, held against plain transformers on the whole texts; a small random model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from see_ray.config import FitConfig
-from see_ray.fit.rank_batches import ExpertLoss
-from see_ray.fit.trainer import with_adapter
+from see_ray.fit.loss import ExpertLoss
+from see_ray.fit.peft_adapter import with_adapter
 from see_ray.models.activation import Activation
 from see_ray.models.prefix_kv import prefill
 
@@ -23,9 +23,13 @@ def peft():
 
     torch.manual_seed(5)
     shape = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         num_key_value_heads=1,
-    )  # fmt: skip
+    )
     return with_adapter(LlamaForCausalLM(shape).eval(), FitConfig(r=4))
 
 
