@@ -17,7 +17,7 @@ from ray import serve
 from see_ray.config import Config
 from see_ray.errors import SeeError
 from see_ray.observability.tracing import walk_span
-from see_ray.routing.chain import GENERALIST, ChainEntry, Trace, named, walk
+from see_ray.routing.chain import GENERALIST, ChainEntry, Trace, walk
 from see_ray.serving.deployer import LINGER_S, Live, LiveExpert
 from see_ray.serving.openai_requests import Sampling
 from see_ray.serving.replica import EngineHost, replica_options
@@ -56,7 +56,7 @@ class Ensemble(EngineHost):
         """Who answers a prompt (token ids), and why; `expert` names one, or the generalist."""
         await self._looked.wait()  # a replica that has just started would pass everything to the generalist
         if expert is not None:
-            return named(expert, self._live.version)
+            return Trace.named_by_request(expert, self._live.version)
         live = self._live
         names = [one.name for one in live.experts]
         together = asyncio.ensure_future(self._engine.decide(prompt, names, fallback=True))

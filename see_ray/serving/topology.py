@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from see_ray.config import ServeConfig
 from see_ray.observability.tracing import walk_span
-from see_ray.routing.chain import GENERALIST, ChainEntry, ExpertUnavailable, Trace, named, walk
+from see_ray.routing.chain import GENERALIST, ChainEntry, ExpertUnavailable, Trace, walk
 from see_ray.serving.deployer import Live
 from see_ray.serving.openai_requests import Sampling
 from see_ray.serving.replica import GENERALIST_APP
@@ -75,7 +75,7 @@ class PerExpert:
     async def _walk(self, live: Live, prompt: list[int], who: str | None) -> tuple[Trace, Any]:
         """The trace; and what the generalist has read of the prompt, to be handed on, if it was asked to."""
         if who is not None:
-            return named(who, live.version), None
+            return Trace.named_by_request(who, live.version), None
         # A response that is passed on without being awaited goes from replica to replica through the object store.
         generalist = self._handle(GENERALIST_APP)
         shares = self._config.share_prefix and self._config.engine == "embedded" and live.shares_prefix
