@@ -28,8 +28,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from see_ray.admission.calibrate import calibrate
-from see_ray.admission.gate import Evidence, judge
+from see_ray.admission.candidate import Candidate
 from see_ray.data.reconstruct import reconstruct, sample_queries
 from see_ray.data.task import Row, Task
 from see_ray.evaluate.baselines import routers
@@ -141,15 +140,11 @@ def see(bench: Workbench, arriving: int, state: dict[str, Any], form: str = "act
     )
     rate = FULL_LEARNING_RATE if form == "full" else None
     fit = bench.fit(made.train, form=form, held_out=made.held_out, learning_rate=rate)
-    own, decisions = fit.decisions[: len(made.own)], fit.decisions[len(made.own) :]
-    foreign = [(kind, p) for (kind, _), p in zip(made.foreign, decisions, strict=True)]
-    calibration = calibrate(own, foreign, config.calibrate.false_accept_rate)
-    model = (bench.base.name, bench.base.fingerprint)
-    evidence = Evidence(calibration, own, foreign, made.claimed, fit.comparison, model)
-    verdict = judge(evidence, config.gate)
+    candidate = Candidate.from_fit(made, fit.decisions, fit.comparison, bench.base, config.calibrate.false_accept_rate)
+    verdict = candidate.judge(config.gate)
     experts = list(state.get("experts", []))
     if verdict.passed:
-        experts.append({"name": task.name, "key": fit.key, "threshold": calibration.threshold})
+        experts.append({"name": task.name, "key": fit.key, "threshold": candidate.calibration.threshold})
 
     keys = {expert["name"]: expert["key"] for expert in experts}
     links = [ChainEntry(expert["name"], expert["threshold"]) for expert in reversed(experts)]  # newest first
