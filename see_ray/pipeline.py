@@ -1,7 +1,8 @@
 """From an arriving task to a live expert: the whole path. Read this first.
 
-    read the task ─► reconstruct ─► fit ─► calibrate ─► gate ─► store ─► publish
-                                                                 └─► store alone: set aside
+    prepare                 fit      calibrate    publish
+    read ─► reconstruct ─►  fit  ─►  threshold ─► gate ─► store ─► publish
+    data/                   fit/     admission/            └─► store alone: set aside
 
 A running endpoint follows the store, so it serves the new sequence version without being told. Nothing of earlier
 experts changes on the way; only the queries that they keep for later ones are read.
@@ -9,10 +10,9 @@ experts changes on the way; only the queries that they keep for later ones are r
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,24 @@ from see_ray.admission import newcomers
 from see_ray.admission.calibrate import Calibration
 from see_ray.admission.candidate import Candidate
 from see_ray.admission.gate import Verdict
+from see_ray.admission.publication import Publication
 from see_ray.cluster import as_fit_worker, result_of
 from see_ray.config import Config
 from see_ray.data.general_queries import Chat, general_cache, needed_general, read_general_file, write_cache
+from see_ray.data.prepared import Prepared
 from see_ray.data.reconstruct import KINDS, Reconstruction, reconstruct
 from see_ray.data.task import Row, Task, read_task
-from see_ray.errors import GateError
 from see_ray.fit import launch as fitting
 from see_ray.fit.launch import Fitted
 from see_ray.fit.report import FitSummary, Progress
 from see_ray.fit.tracking import Tracker, draw_losses
-from see_ray.models.activation import Activation, activation_of, encode_prompt
+from see_ray.models.activation import activation_of, encode_prompt
 from see_ray.models.base_model import BaseModel, context_length, find, load_tokenizer
 from see_ray.observability import metrics
 from see_ray.progress import Listener
 from see_ray.store.expert_store import ExpertSequence, ExpertStore, Manifest
 
-MOST_KEPT = 50
-"""Held-out rows that an expert keeps for the calibration of later ones."""
+__all__ = ["Learned", "Prepared", "Source", "learn", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,6 @@ class Source:
     name: str | None = None
     max_rows: int | None = None
     skip_bad_rows: bool = False
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An arriving task, ready to be fitted; `known` are the ids of the experts whose queries it takes account of."""
-
-    task: Task
-    base: BaseModel
-    tokenizer: Any
-    activation: Activation
-    reconstruction: Reconstruction
-    known: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -106,8 +94,8 @@ def learn(
                 prepared.base,
                 config.calibrate.false_accept_rate,
             )
-            publishing = _Publishing(prepared, folder, config, source.path, replace, force)
-            published = _publish(candidate, publishing, listener)
+            publication = Publication(prepared, folder, config, source.path, replace, force)
+            published = publication.publish(candidate, listener)
             clock.lap("publish")
         if published is not None:
             return Learned(*published, fit=fitted.summary, seconds=clock.laps)
@@ -210,89 +198,6 @@ class _FitListener(fitting.Listener):
         self._tracker.log(step, figures)
 
 
-@dataclass(frozen=True)
-class _Publishing:
-    """What publishing a candidate needs besides its decisions.
-
-    Attributes:
-        prepared: its task.
-        folder: its PEFT folder.
-        config: all settings.
-        source: where its task came from, for the manifest.
-        replace, force: see :func:`learn`.
-    """
-
-    prepared: Prepared
-    folder: Path
-    config: Config
-    source: str
-    replace: bool
-    force: bool
-
-
-def _publish(
-    candidate: Candidate, publishing: _Publishing, listener: Listener
-) -> tuple[Manifest, ExpertSequence, Calibration, Verdict] | None:
-    """Judge, store and publish; None if the expert must be fitted again, with the queries of newcomers."""
-    prepared, config = publishing.prepared, publishing.config
-    name, known = prepared.task.name, prepared.known
-    store = ExpertStore.open(config.store.url)
-    while True:
-        head = store.head()
-        if joined := newcomers.newcomers(head, known, name):
-            listener.step(f"Deciding on the queries of {', '.join(ref.id for ref in joined)}, published meanwhile")
-            queries, claimed = newcomers.split_claimed(
-                newcomers.kept_queries(store, joined, prepared.tokenizer), prepared.reconstruction
-            )
-            decisions = newcomers.decide(publishing.folder, queries, prepared.base, prepared.activation, config)
-            extended = candidate.with_foreign(decisions, claimed)
-            if extended is None:
-                listener.note(f"{name} cannot tell its own queries from theirs: it is fitted again, with them")
-                return None
-            candidate, known = extended, known | {ref.id for ref in joined}
-        listener.step("Checking the expert against the limits of the gate")
-        verdict = candidate.judge(config.gate, newcomers.live_base_model(store, head, name))
-        for sentence in verdict.failed:
-            listener.note(sentence)
-        passes = verdict.passed or publishing.force
-        listener.step("Storing and publishing the expert" if passes else "Setting the expert aside")
-        manifest = _store(store, candidate.calibration, verdict, publishing)
-        if not passes:
-            raise GateError(
-                f"{manifest.id} is set aside, not live: {'; '.join(verdict.failed)}. Its report is gate.md beside the "
-                f"adapter in {store.url}; mend the task, change a limit (`--set gate.…`), or publish with --force"
-            )
-        check = newcomers.refuse_newcomers(known, name)
-        try:
-            sequence = store.publish(manifest.ref, check, publishing.replace, forced=not verdict.passed)
-        except newcomers.NewcomersError:
-            continue
-        return manifest, sequence, candidate.calibration, verdict
-
-
-def _store(store: ExpertStore, calibration: Calibration, verdict: Verdict, publishing: _Publishing) -> Manifest:
-    """Store the expert with all that it keeps beside its adapter."""
-    prepared, config, folder = publishing.prepared, publishing.config, publishing.folder
-    _write_companions(folder, prepared, config, calibration)
-    verdict.write(folder)
-    return store.save(
-        folder,
-        name=prepared.task.name,
-        task=publishing.source,
-        base_model=prepared.base.name,
-        fingerprint=prepared.base.fingerprint,
-        form=config.fit.form,
-        activation_tokens=prepared.activation.tokens,
-        generation_prompt=prepared.activation.generation_prompt,
-        indicator_tokens=(prepared.activation.accept, prepared.activation.refuse),
-        threshold=calibration.threshold,
-        metrics=calibration.metrics() | verdict.metrics(),
-        gate="passed" if verdict.passed else "forced" if publishing.force else "set aside",
-        gate_failed=verdict.failed,
-        r=config.fit.r,
-    )
-
-
 def _general_queries(base: BaseModel, config: Config, listener: Listener) -> list[Chat]:
     needed = needed_general(config.reconstruct)
     if needed == 0:
@@ -345,20 +250,6 @@ class _Counter:
 
     def read(self) -> tuple[int, int]:
         return self._now
-
-
-def _write_companions(folder: Path, prepared: Prepared, config: Config, calibration: Calibration) -> None:
-    """What an expert keeps beside its adapter: for later experts, and for whoever asks how it was made."""
-    made = prepared.reconstruction
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    (folder / "calibration.json").write_text(json.dumps(asdict(calibration), indent=2), encoding="utf-8")
-    _write_lines(folder / "rehearsal.jsonl", [{"messages": chat} for chat in made.rehearsal])
-    kept = [row for row, _ in made.own[:MOST_KEPT]]
-    _write_lines(folder / "eval.jsonl", [{"messages": row.messages, "response": row.response} for row in kept])
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _counts(reconstruction: Reconstruction) -> str:
