@@ -1,60 +1,58 @@
 """From an arriving task to a live expert: the whole path. Read this first.
 
-    read the task ─► reconstruct ─► fit ─► calibrate ─► gate ─► store ─► publish
-       task.py      reconstruct.py   fit.py  calibrate.py  gate.py  store.py  newcomers.py
-                                                             └─► store alone: set aside
+    prepare                 fit      calibrate    publish
+    read ─► reconstruct ─►  fit  ─►  threshold ─► gate ─► store ─► publish
+    data/                   fit/     admission/            └─► store alone: set aside
 
-A running endpoint notices the new sequence version by itself (`deployer`). Nothing of earlier
-experts changes on the way; their rehearsal samples are only read.
+A running endpoint follows the store, so it serves the new sequence version without being told. Nothing of earlier
+experts changes on the way; only the queries that they keep for later ones are read.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from see_ray.admission import newcomers
-from see_ray.admission.calibrate import Calibration, calibrate
-from see_ray.admission.gate import Evidence, Verdict, judge
+from see_ray.admission.calibrate import Calibration
+from see_ray.admission.candidate import Candidate
+from see_ray.admission.gate import Verdict
+from see_ray.admission.publication import Publication
 from see_ray.cluster import as_fit_worker, result_of
 from see_ray.config import Config
 from see_ray.data.general_queries import Chat, general_cache, needed_general, read_general_file, write_cache
+from see_ray.data.prepared import Prepared
 from see_ray.data.reconstruct import KINDS, Reconstruction, reconstruct
 from see_ray.data.task import Row, Task, read_task
-from see_ray.errors import FingerprintError, GateError, LiveError
 from see_ray.fit.launch import fit_expert
 from see_ray.fit.progress_bridge import ProgressBridge
 from see_ray.fit.report import FitSummary, Fitted
 from see_ray.fit.spec import FitSpec
 from see_ray.fit.tracking import Tracker, draw_losses
-from see_ray.models.activation import Activation, activation_of, encode_prompt
+from see_ray.models.activation import activation_of, encode_prompt
 from see_ray.models.base_model import BaseModel, context_length, find, load_tokenizer
 from see_ray.progress import Listener
 from see_ray.store.expert_store import ExpertSequence, ExpertStore, Manifest
 
-MOST_KEPT = 50
-"""Held-out rows that an expert keeps for the calibration of later ones."""
+__all__ = ["Learned", "Prepared", "Source", "learn", "prepare"]
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """An arriving task, ready to be fitted; `known` are the ids of the experts that were live then."""
+class Source:
+    """Where an arriving task comes from, and how it is read; see `data.task.read_task`."""
 
-    task: Task
-    base: BaseModel
-    tokenizer: Any
-    activation: Activation
-    reconstruction: Reconstruction
-    known: frozenset[str]
+    path: str
+    name: str | None = None
+    max_rows: int | None = None
+    skip_bad_rows: bool = False
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What :func:`learn` made."""
+    """The result of :func:`learn`; `seconds` by step."""
 
     manifest: Manifest
     sequence: ExpertSequence
@@ -64,19 +62,49 @@ class Learned:
     seconds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where an arriving task comes from, and how it is read; see `task.read_task`."""
+def learn(
+    source: Source, config: Config, *, replace: bool = False, force: bool = False, listener: Listener | None = None
+) -> Learned:
+    """Teach the system one task. Needs a connection to Ray.
 
-    path: str
-    name: str | None = None
-    max_rows: int | None = None
-    skip_bad_rows: bool = False
+    Args:
+        source: the arriving task.
+        config: all settings.
+        replace: replace the live expert of the same name.
+        force: publish the expert even if it fails a limit of the gate; its manifest says so.
+        listener: receives progress.
+
+    Raises:
+        GateError: the expert failed a limit of the gate, and was set aside.
+        SeeError: a step failed; what was live before still is.
+    """
+    listener = listener or Listener()
+    clock = _Clock()
+    while True:  # fitted again only if it takes queries of an expert published meanwhile for its own
+        prepared = prepare(source, config, listener, replace=replace)
+        clock.lap("prepare")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            fitted = _fit(prepared, config, folder, listener)
+            clock.lap("fit")
+            candidate = Candidate.from_fit(
+                prepared.reconstruction,
+                fitted.decisions,
+                fitted.comparison,
+                prepared.base,
+                config.calibrate.false_accept_rate,
+            )
+            publication = Publication(prepared, folder, config, source.path, replace, force)
+            published = publication.publish(candidate, listener)
+            clock.lap("publish")
+        if published is not None:
+            return Learned(*published, fit=fitted.summary, seconds=clock.laps)
 
 
 def prepare(source: Source, config: Config, listener: Listener, *, replace: bool = True) -> Prepared:
-    """Read a task and reconstruct its training set; with `replace` False, a live expert of the
-    task's name is refused before anything long begins.
+    """Read a task and reconstruct its training set.
+
+    With `replace` False, a live expert of the task's name is an error here, before anything takes long.
 
     Raises:
         BaseModelError, TaskError, ConfigError, StoreError: see the modules of each step.
@@ -85,13 +113,26 @@ def prepare(source: Source, config: Config, listener: Listener, *, replace: bool
     base = find(config.base_model)
     tokenizer = load_tokenizer(base)
     activation = activation_of(tokenizer, config.base_model, config.fit)
-    longest = min(config.fit.max_length or 1 << 30, context_length(base, config.base_model))
+    task = _read_task(source, base, tokenizer, config)
+    for note in task.notes:
+        listener.note(note)
+    store = ExpertStore.open(config.store.url)
+    head = store.head()
+    newcomers.check_can_join(store, head, task.name, base, replace=replace)
+    earlier = {ref.name: newcomers.kept_chats(store, ref) for ref in head.experts if ref.name != task.name}
+    general = _general_queries(base, config, listener)
+    reconstruction = reconstruct(
+        task, tokenizer, activation, config.reconstruct, earlier=earlier, general=general, seed=config.fit.seed
+    )
+    return Prepared(task, base, tokenizer, activation, reconstruction, frozenset(ref.id for ref in head.experts))
 
+
+def _read_task(source: Source, base: BaseModel, tokenizer: Any, config: Config) -> Task:
     def count_tokens(row: Row) -> int:
         response = tokenizer(row.response, add_special_tokens=False)["input_ids"]
         return len(encode_prompt(tokenizer, row.messages)) + len(response) + 2  # indicator, end of turn
 
-    task = read_task(
+    return read_task(
         source.path,
         name=source.name,
         eval_share=config.reconstruct.eval_share,
@@ -99,151 +140,29 @@ def prepare(source: Source, config: Config, listener: Listener, *, replace: bool
         max_rows=source.max_rows,
         max_eval_rows=config.reconstruct.max_eval_rows,
         skip_bad_rows=source.skip_bad_rows,
-        max_length=longest,
+        max_length=min(config.fit.max_length or 1 << 30, context_length(base, config.base_model)),
         count_tokens=count_tokens,
     )
-    for note in task.notes:
-        listener.note(note)
-    store = ExpertStore.open(config.store.url)
-    head = store.head()
-    _refuse(head, store, task.name, base, replace)
-    earlier = {ref.name: newcomers.kept_chats(store, ref) for ref in head.experts if ref.name != task.name}
-    general = _general_queries(base, config, listener)
-    made = reconstruct(
-        task, tokenizer, activation, config.reconstruct, earlier=earlier, general=general, seed=config.fit.seed
-    )
-    return Prepared(task, base, tokenizer, activation, made, frozenset(ref.id for ref in head.experts))
-
-
-def learn(
-    source: Source, config: Config, *, replace: bool = False, force: bool = False, listener: Listener | None = None
-) -> Learned:
-    """Teach the system one task. Needs a connection to Ray.
-
-    Args:
-        source: the arriving task.
-        config: everything else.
-        replace: the expert takes the place of a live one of the same name.
-        force: publish the expert even if it fails a limit of the gate; its manifest says so.
-        listener: is told of every step.
-
-    Raises:
-        GateError: it failed one, and was set aside.
-        SeeError: any of the steps failed; what was live before still is.
-    """
-    listener = listener or Listener()
-    clock = _Clock()
-    while True:
-        prepared = prepare(source, config, listener, replace=replace)
-        clock.lap("prepare")
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            fitted = _fit(prepared, config, folder, listener)
-            clock.lap("fit")
-            admitted = _admit(prepared, fitted, config, folder, listener, source.path, replace, force)
-            clock.lap("publish")
-        if admitted is not None:
-            return Learned(*admitted, fit=fitted.summary, seconds=clock.laps)
-
-
-# --- steps ---------------------------------------------------------------------------------
 
 
 def _fit(prepared: Prepared, config: Config, folder: Path, listener: Listener) -> Fitted:
-    made = prepared.reconstruction
-    listener.step(f"Fitting {prepared.task.name}: {_counted(made)}")
-
+    reconstruction = prepared.reconstruction
+    listener.step(f"Fitting {prepared.task.name}: {_counts(reconstruction)}")
     settings = config.fit.model_dump(mode="json")
     name = f"{prepared.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     with Tracker(Path(config.fit.tracking_dir), name, settings, listener.note) as tracker:
         spec = FitSpec(
-            made.train, prepared.base, config.base_model, prepared.activation, config.fit, held_out=made.held_out
+            reconstruction.train,
+            prepared.base,
+            config.base_model,
+            prepared.activation,
+            config.fit,
+            held_out=reconstruction.held_out,
         )
         bridge = ProgressBridge(listener, tracker, prepared.task.name)
         fitted = fit_expert(prepared.task.name, spec, folder, bridge)
     draw_losses(fitted.summary, folder / "fit.png")
     return fitted
-
-
-def _admit(
-    prepared: Prepared,
-    fitted: Fitted,
-    config: Config,
-    folder: Path,
-    listener: Listener,
-    source: str,
-    replacing: bool,
-    force: bool,
-) -> tuple[Manifest, ExpertSequence, Calibration, Verdict] | None:
-    """Calibrate, judge, save and publish; None if the expert must be fitted again, since others joined meanwhile."""
-    made, name, base = prepared.reconstruction, prepared.task.name, prepared.base
-    own, decisions = fitted.decisions[: len(made.own)], fitted.decisions[len(made.own) :]
-    foreign = [(kind, p) for (kind, _), p in zip(made.foreign, decisions, strict=True)]
-    claimed = dict(made.claimed)
-    calibration = calibrate(own, foreign, config.calibrate.false_accept_rate)
-    store = ExpertStore.open(config.store.url)
-    known = prepared.known
-    head = store.head()
-    joined = newcomers.newcomers(head, known, name)
-
-    def check(head: ExpertSequence) -> None:
-        if found := newcomers.newcomers(head, known, name):
-            raise newcomers.NewcomersError(found)
-
-    while True:
-        if joined:
-            listener.step(f"Reading the queries of {', '.join(ref.id for ref in joined)}, which joined meanwhile")
-            queries, theirs = newcomers.not_own(newcomers.queries_of(store, joined, prepared.tokenizer), made)
-            claimed |= theirs
-            prompts = [ids for _, ids in queries]
-            read = result_of(newcomers.decide(folder, prompts, base, prepared.activation, config))
-            foreign += [(kind, p) for (kind, _), p in zip(queries, read, strict=True)]
-            again = newcomers.recalibrated(calibration, own, foreign, config.calibrate.false_accept_rate)
-            if again is None:
-                listener.note(f"{name} cannot tell its own queries from theirs: it is fitted again, with them")
-                return None
-            calibration, known = again, known | {ref.id for ref in joined}
-        listener.step("Holding the expert against the limits of the gate")
-        verdict = judge(
-            Evidence(
-                calibration, own, foreign, claimed, fitted.comparison,
-                (base.name, base.fingerprint), newcomers.base_model_of(store, head, name),
-            ),
-            config.gate,
-        )  # fmt: skip
-        for sentence in verdict.failed:
-            listener.note(sentence)
-        publishing = verdict.passed or force
-        listener.step("Storing and publishing the expert" if publishing else "Setting the expert aside")
-        _write_companions(folder, prepared, config, calibration)
-        verdict.write(folder)
-        activation = prepared.activation
-        manifest = store.save(
-            folder,
-            name=name,
-            task=source,
-            base_model=base.name,
-            fingerprint=base.fingerprint,
-            form=config.fit.form,
-            activation_tokens=activation.tokens,
-            generation_prompt=activation.generation_prompt,
-            indicator_tokens=(activation.accept, activation.refuse),
-            threshold=calibration.threshold,
-            metrics=calibration.metrics() | verdict.metrics(),
-            gate="passed" if verdict.passed else "forced" if force else "set aside",
-            gate_failed=verdict.failed,
-            r=config.fit.r,
-        )
-        if not publishing:
-            raise GateError(
-                f"{manifest.id} is set aside, not live: {'; '.join(verdict.failed)}. Its report is gate.md beside the "
-                f"adapter in {store.url}; mend the task, change a limit (`--set gate.…`), or publish with --force"
-            )
-        try:
-            forced = not verdict.passed
-            return manifest, store.publish(manifest.ref, check, replacing, forced), calibration, verdict
-        except newcomers.NewcomersError as error:
-            joined, head = error.refs, store.head()
 
 
 def _general_queries(base: BaseModel, config: Config, listener: Listener) -> list[Chat]:
@@ -300,45 +219,14 @@ class _Counter:
         return self._now
 
 
-def _write_companions(folder: Path, prepared: Prepared, config: Config, calibration: Calibration) -> None:
-    """What an expert keeps beside its adapter: for later experts, and for whoever asks how it was made."""
-    made = prepared.reconstruction
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    (folder / "calibration.json").write_text(json.dumps(asdict(calibration), indent=2), encoding="utf-8")
-    _write_lines(folder / "rehearsal.jsonl", [{"messages": chat} for chat in made.rehearsal])
-    kept = [row for row, _ in made.own[:MOST_KEPT]]
-    _write_lines(folder / "eval.jsonl", [{"messages": row.messages, "response": row.response} for row in kept])
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def _refuse(head: ExpertSequence, store: ExpertStore, name: str, base: BaseModel, replace: bool) -> None:
-    """What publishing would refuse: said before hours of fitting rather than after."""
-    for ref in head.experts:
-        if ref.name == name and not replace:
-            raise LiveError(
-                f"{ref.id} is live already; say --replace to put the new expert in its place, "
-                "or --name to call the new one otherwise"
-            )
-    for manifest in map(store.manifest, head.experts[-1:]):  # one stands for all
-        if manifest.fingerprint != base.fingerprint:
-            raise FingerprintError(
-                f"the live experts of {store.url} belong to the base model {manifest.base_model} "
-                f"({manifest.fingerprint[:12]}), not to {base.name} ({base.fingerprint[:12]}); "
-                "set base_model.name to that one, or use another store"
-            )
-
-
-def _counted(made: Reconstruction) -> str:
-    counts = made.counts()
+def _counts(reconstruction: Reconstruction) -> str:
+    counts = reconstruction.counts()
     passes = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if kind != "accept" and counts[kind])
     return f"{counts['accept']} accept and {passes or 'no'} pass examples"
 
 
 class _Clock:
-    """Seconds of each step, rounded."""
+    """Seconds of each step, to a tenth."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}

@@ -1,16 +1,16 @@
-"""What a long operation reports while it runs: steps, progress and notes."""
+"""How a long operation reports what it does: steps, notes and progress."""
 
 from __future__ import annotations
 
 
 class Listener:
-    """Is told how learning goes; this one ignores it. The command line has one that draws."""
+    """Receives reports and ignores them; `TerminalListener` of the command line shows them."""
 
     def step(self, title: str) -> None:
-        """A step begins."""
+        """A step begins; `title` says what it does."""
 
     def note(self, text: str) -> None:
-        """Something a person should know."""
+        """A remark for the user, such as a warning."""
 
     def progress(self, title: str, done: int, total: int, detail: str = "") -> None:
-        """How far the step is."""
+        """Progress inside the current step: `done` of `total`."""

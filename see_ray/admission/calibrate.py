@@ -1,9 +1,9 @@
 """Choose an expert's accept threshold on queries that it was not fitted on.
 
-P(accept) of the task's held-out rows should lie above the threshold, that of held-out foreign
-queries (general ones, and rows kept by earlier experts) below it. The threshold is placed so
-that at most the stated share of foreign queries is accepted, and beyond that two thirds up
-the gap between the two, measured in log odds: queries unlike any held-out one lie in it, too.
+P(accept) of the task's held-out rows should be above the threshold, and that of held-out foreign queries (general
+ones, and queries kept by earlier experts) below it. The threshold lets at most the given share of foreign queries in.
+Where that leaves a gap between the two samples, it is placed two thirds up the gap in log odds, since queries unlike
+any held-out one fall into the gap, too.
 """
 
 from __future__ import annotations
@@ -13,27 +13,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LOWEST, HIGHEST = 0.05, 0.99
-"""Bounds of a threshold: outside them a few held-out rows would decide too much."""
+"""Bounds of a threshold: outside them it would depend on a few held-out rows."""
 
 UP_THE_GAP = 2 / 3
-"""Where in the gap between foreign and own log odds the threshold stands: nearer to the own ones."""
+"""Position of the threshold in the gap, from the foreign (0) to the own (1) log odds."""
 
 OWN_SHARE = 0.98
-"""Share of the own held-out rows that counts as all of them when the gap is measured."""
+"""Share of the own held-out rows that must be above the gap; the lowest 2 % are outliers."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold and what it does on the held-out queries.
+    """A threshold and its effect on the held-out queries.
 
     Attributes:
         threshold: P(accept) from which the expert accepts.
         own_accepted: share of the task's held-out rows that it accepts.
         foreign_accepted: share of foreign held-out queries that it accepts.
-        foreign_bound: upper end of the 95 % confidence interval of that share (the sample is
-            finite; Wilson score).
+        foreign_bound: upper end of the 95 % confidence interval of that share (Wilson score).
         own, foreign: sizes of the two samples.
-        taken: foreign queries accepted, by where they come from.
+        taken: accepted foreign queries by source.
     """
 
     threshold: float
@@ -45,7 +44,7 @@ class Calibration:
     taken: dict[str, int]
 
     def metrics(self) -> dict[str, float]:
-        """The numbers for an expert's manifest."""
+        """Values for the expert's manifest."""
         return {
             "own_accepted": self.own_accepted,
             "foreign_accepted": self.foreign_accepted,
@@ -60,13 +59,13 @@ def calibrate(own: Sequence[float], foreign: Sequence[tuple[str, float]], false_
 
     Args:
         own: P(accept) of the task's held-out rows.
-        foreign: (where it comes from, P(accept)) of held-out foreign queries.
-        false_accept_rate: most of these that may be accepted.
+        foreign: (source, P(accept)) of held-out foreign queries.
+        false_accept_rate: largest share of these that may be accepted.
     """
     threshold = _threshold(sorted(own), sorted(p for _, p in foreign), false_accept_rate)
     taken: dict[str, int] = {}
-    for kind, p in foreign:
-        taken[kind] = taken.get(kind, 0) + (p >= threshold)
+    for source, p in foreign:
+        taken[source] = taken.get(source, 0) + (p >= threshold)
     accepted = sum(taken.values())
     return Calibration(
         threshold=threshold,
@@ -75,7 +74,7 @@ def calibrate(own: Sequence[float], foreign: Sequence[tuple[str, float]], false_
         foreign_bound=wilson_upper(accepted, len(foreign)),
         own=len(own),
         foreign=len(foreign),
-        taken={kind: count for kind, count in taken.items() if count},
+        taken={source: count for source, count in taken.items() if count},
     )
 
 
@@ -83,17 +82,17 @@ def _threshold(own: list[float], foreign: list[float], rate: float) -> float:
     if not own or not foreign:
         return 0.5
     allowed = math.floor(rate * len(foreign))
-    barrier = foreign[-1 - allowed]  # the highest foreign decision that must stay below
-    wanted = own[math.floor((1 - OWN_SHARE) * len(own))]
-    if wanted > barrier:
-        low, high = _logit(barrier), _logit(wanted)
+    barrier = foreign[-1 - allowed]  # the highest foreign decision that must stay below the threshold
+    lowest_own = own[math.floor((1 - OWN_SHARE) * len(own))]
+    if lowest_own > barrier:
+        low, high = _logit(barrier), _logit(lowest_own)
         threshold = _from_logit(low + UP_THE_GAP * (high - low))
-        # Queries unlike any held-out one lie between the two: where there is room, keep to 0.5.
-        if wanted > 0.5:
+        # Queries unlike any held-out one fall into the gap: accept none of them below 0.5.
+        if lowest_own > 0.5:
             threshold = max(threshold, 0.5)
     else:
         threshold = barrier
-    # Last of all the barrier: rounding, too, must not let more through than is allowed.
+    # Applied last, so that neither rounding nor the bounds accept more than is allowed.
     return max(min(max(threshold, LOWEST), HIGHEST), math.nextafter(barrier, 2.0))
 
 

@@ -1,18 +1,18 @@
 """The gate: whether a fitted expert may join the sequence.
 
-An expert that joins can harm what is live in one way only: by taking queries that another expert, or the
-generalist, answers better. So it is measured on rows that neither it nor an older expert was fitted on:
+A new expert can harm the live ones in one way only: by accepting queries that another expert, or the generalist,
+answers better. The gate therefore checks, on rows that neither it nor an older expert was fitted on:
 
-    taken          of the queries that each older expert keeps, how many it would take
-    own_accepted   of its own held-out rows, how many it accepts at the threshold that lets hardly any foreign
-                   query in; one that cannot tell the two apart accepts few
-    gain           by how much it predicts its own responses better than the generalist does
-    change         that its adapter changes anything at all
-    base_model     that it belongs to the base model of the live experts
+    taken          the share of each older expert's kept queries that it would accept
+    own_accepted   the share of its own held-out rows that it accepts at its threshold, which hardly any foreign
+                   query reaches; small if it cannot tell the two apart
+    gain           by how much its loss on its own responses is below the generalist's
+    change         whether its adapter changes the decision at all
+    base_model     whether it was fitted on the base model of the live experts
 
-Each has a limit in `gate` of the configuration. An expert that fails one is set aside: stored with a report, and
-not published, unless it is forced. The decisions and losses come from the fit, which has the rows at hand, so
-the gate itself costs one pass over at most 32 rows; the report says how long it took. This module is arithmetic.
+The limits are the section `gate` of the configuration. An expert that fails one is set aside: it is stored with a
+report and not published, unless forced. Decisions and losses are measured by the fit while the model is loaded; only
+the comparison with the generalist is extra work, on at most 32 rows. This module is arithmetic.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from see_ray.fit.report import Comparison
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured of a fitted expert.
+    """The measurements that the gate judges.
 
     Attributes:
         calibration: its threshold.
         own: P(accept) of its own held-out rows.
-        foreign: (where from, P(accept)) of held-out foreign queries; where from is `general`, `mixed` or a live
-            expert's name.
+        foreign: (source, P(accept)) of held-out foreign queries; the source is `general`, `mixed` or the name of a
+            live expert.
         claimed: per live expert how many of its kept queries are rows of this task, too.
-        comparison: the expert beside the generalist; None if that was not measured.
+        comparison: the expert beside the generalist; None if it was not measured.
         base_model: (name, fingerprint) of the expert's base model.
-        live_base_model: the same of the live experts; None if there are none.
+        live_base_model: the same for the live experts; None if there are none.
     """
 
     calibration: Calibration
@@ -54,14 +54,14 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Finding:
-    """One limit: what was found, what is allowed, and whether that is kept to.
+    """The result of one check. The field names are those of `gate.json`.
 
     Attributes:
         limit: `taken`, `own_accepted`, `gain`, `change` or `base_model`.
-        about: the older expert, where the limit is one for each.
-        found, allowed: the two numbers; None where it is no matter of numbers.
+        about: name of the older expert, for a limit that applies to each of them; else empty.
+        found, allowed: the measured value and its limit; None for `base_model`.
         passed: whether the limit is kept.
-        sentence: the same for people.
+        sentence: the result as a sentence.
     """
 
     limit: str
@@ -74,7 +74,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All findings, and what measuring them took beyond the fit."""
+    """All findings, and the seconds that measuring took beyond the fit."""
 
     findings: tuple[Finding, ...]
     seconds: float
@@ -85,19 +85,19 @@ class Verdict:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """Sentences of the limits that failed."""
+        """The sentences of the failed checks."""
         return tuple(finding.sentence for finding in self.findings if not finding.passed)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers for an expert's manifest."""
+        """Values for the expert's manifest."""
         return {
             f"gate_{finding.limit}{'_from_' if finding.about else ''}{finding.about}": round(finding.found, 4)
             for finding in self.findings
-            if finding.found is not None and finding.limit != "own_accepted"  # calibration has that one
+            if finding.found is not None and finding.limit != "own_accepted"  # in Calibration.metrics()
         }
 
     def write(self, folder: Path) -> None:
-        """Write `gate.json` and `gate.md`, the same for people."""
+        """Write `gate.json`, and the same as text to `gate.md`."""
         report = {"passed": self.passed, "seconds": self.seconds, "findings": [asdict(f) for f in self.findings]}
         (folder / "gate.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         lines = [f"- {'kept' if f.passed else '**failed**'}: {f.sentence}" for f in self.findings]
@@ -107,7 +107,7 @@ class Verdict:
 
 
 def judge(evidence: Evidence, limits: GateConfig) -> Verdict:
-    """Hold what was measured of an expert against the limits."""
+    """Check an expert's measurements against the limits."""
     findings = [
         _base_model(evidence),
         *_taken(evidence, limits.max_taken),
@@ -131,9 +131,9 @@ def _base_model(evidence: Evidence) -> Finding:
 
 def _taken(evidence: Evidence, allowed: float) -> list[Finding]:
     findings = []
-    experts = sorted({kind for kind, _ in evidence.foreign} - {"general", "mixed"} | set(evidence.claimed))
+    experts = sorted({source for source, _ in evidence.foreign} - {"general", "mixed"} | set(evidence.claimed))
     for name in experts:
-        decisions = [p for kind, p in evidence.foreign if kind == name]
+        decisions = [p for source, p in evidence.foreign if source == name]
         claimed = evidence.claimed.get(name, 0)
         kept = len(decisions) + claimed
         if not kept:
@@ -145,7 +145,7 @@ def _taken(evidence: Evidence, allowed: float) -> list[Finding]:
         )
         if claimed:
             sentence += f"; {claimed} of them are rows of this task, too"
-        # Of a few rows a single one is a large share.
+        # One query is always allowed: of a few it would be a large share.
         passed = taken <= max(1, math.floor(allowed * kept))
         findings.append(Finding("taken", name, taken / kept, allowed, passed, sentence))
     return findings
@@ -160,24 +160,25 @@ def _own_accepted(evidence: Evidence, allowed: float) -> Finding:
         f"{_percent(calibration.foreign_accepted)} of {calibration.foreign} foreign queries in"
     )
     if not passed:
-        sentence += f"; {_rivals(evidence, allowed)}"
+        sentence += f"; {_overlap(evidence, allowed)}"
     return Finding("own_accepted", "", calibration.own_accepted, allowed, passed, sentence)
 
 
-def _rivals(evidence: Evidence, share: float) -> str:
-    """What it would take if its threshold were as low as its own rows need."""
+def _overlap(evidence: Evidence, share: float) -> str:
+    """The foreign queries that it would accept at the threshold that accepts `share` of its own rows."""
     own = sorted(evidence.own)
-    needed = own[min(len(own) - 1, math.floor((1 - share) * len(own)))] if own else 0.5
-    kinds: dict[str, list[bool]] = {}
-    for kind, p in evidence.foreign:
-        kinds.setdefault(kind, []).append(p >= needed)
-    taken = {kind: sum(hits) / len(hits) for kind, hits in kinds.items() if any(hits)}
-    named = ", ".join(f"{_percent(taken[kind])} of {_called(kind)}" for kind in sorted(taken, key=lambda k: -taken[k]))
-    return f"to accept that many it would also take {named or 'none of the foreign queries'}"
+    threshold = own[min(len(own) - 1, math.floor((1 - share) * len(own)))] if own else 0.5
+    accepts: dict[str, list[bool]] = {}
+    for source, p in evidence.foreign:
+        accepts.setdefault(source, []).append(p >= threshold)
+    shares = {source: sum(hits) / len(hits) for source, hits in accepts.items() if any(hits)}
+    most_first = sorted(shares, key=lambda source: -shares[source])
+    listed = ", ".join(f"{_percent(shares[source])} of {_queries_of(source)}" for source in most_first)
+    return f"to accept that many it would also take {listed or 'none of the foreign queries'}"
 
 
-def _called(kind: str) -> str:
-    return f"the {kind} queries" if kind in ("general", "mixed") else f"{kind}'s queries"
+def _queries_of(source: str) -> str:
+    return f"the {source} queries" if source in ("general", "mixed") else f"{source}'s queries"
 
 
 def _gain(comparison: Comparison, allowed: float) -> Finding:

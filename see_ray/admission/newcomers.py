@@ -1,50 +1,86 @@
-"""Letting a fitted expert join the sequence, also when another one joined since its task was prepared.
+"""Join a sequence that other experts may join at the same time.
 
-    calibrate ─► save ─► publish ─► live
-        ▲                   │ somebody was first
-        └── read the newcomers' queries ◄┘
+    calibrate ─► gate ─► store ─► publish ─► live
+        ▲                            │ other experts were published since the task was prepared
+        └── decide on their queries ◄┘
 
-Two tasks may be fitted at the same time. Whoever publishes second has not seen the first one's queries: they
-are read now, and count as foreign queries from then on. Only if the expert cannot tell them from its own is it
-fitted again, with the newcomers' rehearsal among its pass examples.
+Two tasks may be fitted at the same time. The expert that is published second has not seen the first one's queries.
+It decides on them before it joins, and they count as foreign queries in its calibration. Only if it cannot tell them
+from its own is it fitted again, with the newcomers' rehearsal queries among its pass examples.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from see_ray.admission.calibrate import Calibration, calibrate
-from see_ray.cluster import as_fit_worker
+from see_ray.cluster import as_fit_worker, result_of
 from see_ray.config import Config
 from see_ray.data.general_queries import Chat
 from see_ray.data.reconstruct import Reconstruction
-from see_ray.errors import SeeError
+from see_ray.errors import FingerprintError, LiveError, SeeError
 from see_ray.models.activation import Activation, encode_prompt
 from see_ray.models.base_model import BaseModel, find
 from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore
-
-ENOUGH_OWN = 0.95
-"""Share of its own held-out rows that an expert must still accept once newcomers' queries count as foreign;
-one that accepted fewer before need not accept more."""
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class NewcomersError(SeeError):
-    """Experts joined that this one has not seen; never leaves :mod:`see_ray.pipeline`."""
+    """Experts were published whose queries the candidate has not decided on. Handled inside `learn`."""
 
     def __init__(self, refs: tuple[ExpertRef, ...]):
         super().__init__(refs)
         self.refs = refs
 
 
+def check_can_join(store: ExpertStore, head: ExpertSequence, name: str, base: BaseModel, *, replace: bool) -> None:
+    """Raise before a long fit what publishing its expert would raise after it.
+
+    Raises:
+        LiveError: an expert of this name is live, and `replace` is False.
+        FingerprintError: the live experts belong to another base model.
+    """
+    for ref in head.experts:
+        if ref.name == name and not replace:
+            raise LiveError(
+                f"{ref.id} is live already; say --replace to put the new expert in its place, "
+                "or --name to call the new one otherwise"
+            )
+    for manifest in map(store.manifest, head.experts[-1:]):  # all live experts have the same base model
+        if manifest.fingerprint != base.fingerprint:
+            raise FingerprintError(
+                f"the live experts of {store.url} belong to the base model {manifest.base_model} "
+                f"({manifest.fingerprint[:12]}), not to {base.name} ({base.fingerprint[:12]}); "
+                "set base_model.name to that one, or use another store"
+            )
+
+
+def live_base_model(store: ExpertStore, head: ExpertSequence, name: str) -> tuple[str, str] | None:
+    """(name, fingerprint) of the base model of the live experts other than `name`; None if there are none."""
+    for ref in head.experts[::-1]:
+        if ref.name != name:
+            manifest = store.manifest(ref)  # all live experts have the same base model
+            return manifest.base_model, manifest.fingerprint
+    return None
+
+
 def newcomers(head: ExpertSequence, known: frozenset[str], name: str) -> tuple[ExpertRef, ...]:
-    """Experts of `head` whose ids are not among `known`; the one that `name` replaces does not count."""
+    """Experts of `head` whose ids are not in `known`, except for the one that `name` replaces."""
     return tuple(ref for ref in head.experts if ref.id not in known and ref.name != name)
+
+
+def refuse_newcomers(known: frozenset[str], name: str) -> Callable[[ExpertSequence], None]:
+    """A check for `ExpertStore.publish` that raises NewcomersError if `head` holds experts that are not known."""
+
+    def check(head: ExpertSequence) -> None:
+        if refs := newcomers(head, known, name):
+            raise NewcomersError(refs)
+
+    return check
 
 
 def kept_chats(store: ExpertStore, ref: ExpertRef) -> tuple[list[Chat], list[Chat]]:
@@ -55,44 +91,52 @@ def kept_chats(store: ExpertStore, ref: ExpertRef) -> tuple[list[Chat], list[Cha
     )  # type: ignore[return-value]
 
 
-def queries_of(store: ExpertStore, refs: Sequence[ExpertRef], tokenizer: Any) -> list[tuple[str, list[int]]]:
+def kept_queries(store: ExpertStore, refs: Sequence[ExpertRef], tokenizer: Any) -> list[tuple[str, list[int]]]:
     """All queries that some experts keep, as (expert, token ids)."""
     return [
         (ref.name, encode_prompt(tokenizer, chat)) for ref in refs for chats in kept_chats(store, ref) for chat in chats
     ]
 
 
-def not_own(
-    queries: Sequence[tuple[str, list[int]]], made: Reconstruction
+def split_claimed(
+    queries: Sequence[tuple[str, list[int]]], reconstruction: Reconstruction
 ) -> tuple[list[tuple[str, list[int]]], dict[str, int]]:
-    """Queries without those that are rows of the task, too; and how many these are, by whose they are."""
-    own = {example.prompt for example in (*made.train, *made.held_out) if len(example.target) > 1}
-    claimed = {kind: 0 for kind, _ in queries}
-    for kind, ids in queries:
-        claimed[kind] += tuple(ids) in own
-    return [(kind, ids) for kind, ids in queries if tuple(ids) not in own], claimed
-
-
-def base_model_of(store: ExpertStore, head: ExpertSequence, name: str) -> tuple[str, str] | None:
-    """Name and fingerprint of the live experts' base model, `name` aside; None if there are no others."""
-    for ref in head.experts[::-1]:  # one stands for all
-        if ref.name != name:
-            manifest = store.manifest(ref)
-            return manifest.base_model, manifest.fingerprint
-    return None
-
-
-def decide(folder: Path, prompts: Sequence[list[int]], base: BaseModel, activation: Activation, config: Config) -> Any:
-    """P(accept) of an adapter for prompts, as a Ray remote call to wait for; it may run on any node.
+    """Separate other experts' queries from those that are rows of this task, too.
 
     Args:
-        folder: the adapter's PEFT folder, on this machine.
-        prompts: token ids.
-        base, activation: what it was fitted on, and where it is activated.
-        config: gives the resources: those of one fit worker.
+        queries: (expert, token ids).
+        reconstruction: of this task.
+
+    Returns:
+        The queries that are foreign to the task, and per expert how many of its queries are not.
+    """
+    examples = (*reconstruction.train, *reconstruction.held_out)
+    own = {example.prompt for example in examples if example.kind == "accept"}
+    claimed = {expert: 0 for expert, _ in queries}
+    for expert, ids in queries:
+        claimed[expert] += tuple(ids) in own
+    return [(expert, ids) for expert, ids in queries if tuple(ids) not in own], claimed
+
+
+def decide(
+    folder: Path, queries: Sequence[tuple[str, list[int]]], base: BaseModel, activation: Activation, config: Config
+) -> list[tuple[str, float]]:
+    """(expert, P(accept)) of an adapter for (expert, token ids) queries, decided in a Ray task on any node.
+
+    Args:
+        folder: the adapter's PEFT folder on this machine.
+        queries: of other experts.
+        base: the base model that the adapter was fitted on.
+        activation: where the adapter is activated.
+        config: the task gets the resources of one fit worker.
+
+    Raises:
+        FingerprintError: the node has another base model of this name.
     """
     files = {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
-    return as_fit_worker(_decide, config.fit).remote(files, list(prompts), base.fingerprint, activation, config)
+    prompts = [ids for _, ids in queries]
+    task = as_fit_worker(_decide, config.fit).remote(files, prompts, base.fingerprint, activation, config)
+    return [(expert, p) for (expert, _), p in zip(queries, result_of(task), strict=True)]
 
 
 def _decide(
@@ -104,7 +148,6 @@ def _decide(
 
     from see_ray.engine.engine import EmbeddedEngine
     from see_ray.engine.interface import Expert
-    from see_ray.errors import FingerprintError
 
     torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
     base = find(config.base_model)
@@ -116,18 +159,3 @@ def _decide(
         engine = EmbeddedEngine(base, config.base_model)
         engine.load(Expert("candidate", Path(temporary), activation))
         return engine.decide_batch(prompts, "candidate")
-
-
-def recalibrated(
-    before: Calibration, own: Sequence[float], foreign: Sequence[tuple[str, float]], false_accept_rate: float
-) -> Calibration | None:
-    """The calibration with newcomers' queries among the foreign ones; None if the expert must be fitted again.
-
-    Args:
-        before: its calibration without them.
-        own: P(accept) of its own held-out rows.
-        foreign: (where from, P(accept)) of all foreign queries, the newcomers' among them.
-        false_accept_rate: most of these that may be accepted.
-    """
-    after = calibrate(own, foreign, false_accept_rate)
-    return after if after.own_accepted >= min(before.own_accepted, ENOUGH_OWN) else None

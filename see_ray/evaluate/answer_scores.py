@@ -1,42 +1,48 @@
-"""How good one answer is: four kinds of score from 0 to 1, and which one a task takes.
+"""Score one answer from 0 to 1: four kinds of score, and which one a task is measured by.
 
-    accuracy      the right label, apart from capitals, spaces and a full stop
-    exact_match   the right text, apart from spaces around it
+    accuracy      the same label, ignoring case, spaces and a full stop
+    exact_match   the same text, ignoring spaces around it
     token_f1      words shared with the reference, in any order
     rouge_l       words shared with the reference, in order: the longest common subsequence
 
-The kind follows from a task's references (`kind_of`), unless somebody names one. token_f1 and rouge_l are
-rouge-score's ROUGE-1 and ROUGE-L F-measures without stemming; its words are runs of a-z and 0-9, so they
-say little about other scripts.
+The kind follows from a task's references (`kind_of`) unless the user names one. token_f1 and rouge_l are the ROUGE-1
+and ROUGE-L F-measures of rouge-score without stemming. Its words are runs of a-z and 0-9, so these two say little
+about texts in other scripts.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+Scores = dict[str, dict[str, float]]
+"""Mean score by task and kind."""
+QueryScores = dict[str, dict[str, list[float]]]
+"""Score of each test query, in order, by task and kind."""
 
 KINDS = ("accuracy", "exact_match", "token_f1", "rouge_l")
 
 MOST_LABELS = 10
+"""Largest number of different labels."""
 LONGEST_LABEL = 3
-"""Words of a label."""
+"""Words of the longest label."""
 SHORT_ANSWER = 5
-"""Words, in the median, up to which an answer counts as short."""
+"""Largest median number of words of short answers."""
 
 
 def kind_of(references: Sequence[str]) -> str:
-    """The kind of score for a task with these references, by the first rule that holds:
+    """The kind of score for a task with these references, by the first rule that applies:
 
-    1. accuracy: a few labels. At most 10 different references of at most 3 words, each there twice on average.
-    2. exact_match: data, not prose. Every reference is a JSON object or list, or at most half letters.
+    1. accuracy: a few labels. At most 10 different references of at most 3 words, each used twice on average.
+    2. exact_match: data, not prose. Every reference is a JSON object or list, or at most half of it is letters.
     3. token_f1: short answers. The median reference has at most 5 words.
     4. rouge_l: everything else.
     """
-    different = {_plain(text) for text in references}
+    labels = {_plain(text) for text in references}
     lengths = sorted(len(text.split()) for text in references)
-    if len(different) <= min(MOST_LABELS, len(references) // 2) and lengths[-1] <= LONGEST_LABEL:
+    if len(labels) <= min(MOST_LABELS, len(references) // 2) and lengths[-1] <= LONGEST_LABEL:
         return "accuracy"
     if all(map(_is_data, references)):
         return "exact_match"
@@ -54,19 +60,21 @@ def scores(answer: str, reference: str) -> dict[str, float]:
     }
 
 
-def each_score(answered: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, list[float]]]:
+def scores_by_task(answered: Iterable[tuple[str, str, str]]) -> QueryScores:
     """The scores of (task, answer, reference) by task and kind, in the order given."""
-    found: dict[str, dict[str, list[float]]] = {}
+    by_task: QueryScores = {}
     for task, answer, reference in answered:
-        lists = found.setdefault(task, {kind: [] for kind in KINDS})
+        by_kind = by_task.setdefault(task, {kind: [] for kind in KINDS})
         for kind, score in scores(answer, reference).items():
-            lists[kind].append(score)
-    return found
+            by_kind[kind].append(score)
+    return by_task
 
 
-def mean_scores(each: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:
-    """Means of `each_score`."""
-    return {task: {kind: sum(some) / len(some) for kind, some in kinds.items()} for task, kinds in each.items()}
+def mean_scores(by_task: QueryScores) -> Scores:
+    """The mean of each list of `scores_by_task`."""
+    return {
+        task: {kind: sum(values) / len(values) for kind, values in kinds.items()} for task, kinds in by_task.items()
+    }
 
 
 @functools.cache
@@ -84,5 +92,5 @@ def _is_data(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict | list)
     except ValueError:
-        seen = [character for character in text if not character.isspace()]
-        return 2 * sum(character.isalpha() for character in seen) <= len(seen)
+        characters = [character for character in text if not character.isspace()]
+        return 2 * sum(character.isalpha() for character in characters) <= len(characters)

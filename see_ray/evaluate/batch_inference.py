@@ -1,33 +1,25 @@
-"""Asking one engine many things: decisions and answers for whole lists of prompts, remembered in files.
-
-Answers of one expert are written together, up to 64 in each pass of the engine. An adapter never changes, so what
-it was asked once is kept, and an interrupted evaluation goes on where it was.
-"""
+"""Decisions and answers for whole lists of prompts, from an engine in this process."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+from see_ray.evaluate.result_cache import Prompt
 
 if TYPE_CHECKING:
+    from see_ray.config import FitConfig
     from see_ray.engine.engine import EmbeddedEngine
     from see_ray.engine.interface import Expert, SamplingParams
 
-Prompt = Sequence[int]
-T = TypeVar("T")
 
-
-class Asker:
-    """Asks the generalist, and experts that lie in folders.
+class BatchInference:
+    """Runs the generalist, and experts that lie in folders, on lists of prompts.
 
     Args:
-        engine: holds the base model; experts are loaded for as long as they are asked.
+        engine: holds the base model. An expert is loaded for the length of one call.
         tokenizer: of the base model.
     """
 
@@ -40,19 +32,19 @@ class Asker:
             return self._engine.decide_batch(prompts, expert.name)
 
     def answers(self, prompts: Sequence[Prompt], expert: Expert | None, max_tokens: int) -> list[str]:
-        """The text of each answer, at most so many tokens long; the generalist's where `expert` is None."""
+        """The greedy answer to each prompt, at most `max_tokens` long; the generalist's if `expert` is None."""
         from see_ray.engine.interface import SamplingParams
 
         greedy = [SamplingParams(max_tokens)] * len(prompts)
         with self._loaded(expert):
-            return asyncio.run(self._write(prompts, expert.name if expert else None, greedy))
+            return asyncio.run(self._generate(prompts, expert.name if expert else None, greedy))
 
     def sample(self, prompts: Sequence[Prompt], temperature: float, seed: int, max_tokens: int) -> list[str]:
-        """What the base model goes on with after each prompt, drawn at a temperature."""
+        """A sampled continuation of each prompt by the base model; prompt i is drawn with `seed + i`."""
         from see_ray.engine.interface import SamplingParams
 
-        each = [SamplingParams(max_tokens, temperature, seed=seed + number) for number in range(len(prompts))]
-        return asyncio.run(self._write(prompts, None, each))
+        sampling = [SamplingParams(max_tokens, temperature, seed=seed + index) for index in range(len(prompts))]
+        return asyncio.run(self._generate(prompts, None, sampling))
 
     @contextmanager
     def _loaded(self, expert: Expert | None) -> Iterator[None]:
@@ -64,56 +56,31 @@ class Asker:
             if expert is not None:
                 self._engine.unload(expert.name)
 
-    async def _write(
+    async def _generate(
         self, prompts: Sequence[Prompt], expert: str | None, sampling: Sequence[SamplingParams]
     ) -> list[str]:
         from see_ray.engine.interface import GenerateRequest
         from see_ray.engine.scheduler import MAX_NUM_SEQS
 
-        async def one(number: int) -> str:
-            stream = self._engine.generate(GenerateRequest(tuple(prompts[number]), expert, sampling[number]))
+        async def generate(index: int) -> str:
+            stream = self._engine.generate(GenerateRequest(tuple(prompts[index]), expert, sampling[index]))
             ids = [token.id async for token in stream]
             return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-        # By length, and no more at once than a step writes: the rest would only hold memory.
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        # Batches of similar length, as many as one engine step decodes: more would only hold memory.
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         texts = [""] * len(prompts)
         for start in range(0, len(order), MAX_NUM_SEQS):
             batch = order[start : start + MAX_NUM_SEQS]
-            for number, text in zip(batch, await asyncio.gather(*map(one, batch)), strict=True):
-                texts[number] = text
+            for index, text in zip(batch, await asyncio.gather(*map(generate, batch)), strict=True):
+                texts[index] = text
         return texts
 
 
-def cached_by_prompt(path: Path, prompts: Sequence[Prompt], ask: Callable[[list[Prompt]], list[T]]) -> list[T]:
-    """What was asked about each prompt, from a file where it is there, else asked now and kept.
+def set_threads(config: FitConfig) -> None:
+    """Use as many torch threads as CPUs are reserved for this process, since others run beside it."""
+    import os
 
-    Args:
-        path: a JSON file, of one decider or answerer; processes that share it wait for each other.
-        prompts: token ids.
-        ask: is given the prompts that are missing, each once.
-    """
-    from filelock import FileLock
+    import torch
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    digests = [digest(list(prompt)) for prompt in prompts]
-    with FileLock(f"{path}.lock"):
-        known: dict[str, T] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        missing = {mark: prompt for mark, prompt in zip(digests, prompts, strict=True) if mark not in known}
-        if missing:
-            known |= zip(missing, ask(list(missing.values())), strict=True)
-            write_json(path, known)
-    return [known[mark] for mark in digests]
-
-
-def digest(value: Any) -> str:
-    """A short name for anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, body: Any) -> None:
-    """Write a file that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    torch.set_num_threads(config.threads_per_worker or min(os.cpu_count() or 1, max(1, int(config.cpus_per_worker))))

@@ -1,4 +1,4 @@
-"""What a comparison is to show of SEE, held against what it found; each claim with yes or no."""
+"""The claims about SEE that a comparison checks, each with the measured value and whether it holds."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Any
 
 from see_ray.routing.chain import GENERALIST
 
-ORACLE_WITHIN = 0.01
-LEAST_BWT = -0.005
-LEAST_ROUTING = 0.99
-LEAST_FOREIGN = 0.95
-MOST_OWN_PASSED = 0.02
-LEAST_AUROC = 0.98
+MAX_BEHIND_ORACLE = 0.01
+MIN_BWT = -0.005
+MIN_ROUTING_ACCURACY = 0.99
+MIN_FOREIGN_TO_GENERALIST = 0.95
+MAX_OWN_TO_GENERALIST = 0.02
+MIN_AUROC = 0.98
 
-EQUAL = 1e-9
-"""Means that are no further apart differ by rounding alone: the same scores, added in another order."""
+EPSILON = 1e-9
+"""Means closer than this differ by rounding alone: they are sums of the same scores in another order."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: the sentence, the number found (as text), and whether it holds."""
+    """One claim: its sentence, the measured value as text, and whether it holds."""
 
     sentence: str
-    found: str
+    measured: str
     holds: bool
 
 
 def claims(methods: dict[str, Any]) -> list[Claim]:
-    """The claims about `see` that the methods at hand can decide.
+    """The claims about `see` that the given methods can decide.
 
     Args:
         methods: those of `results.summary`.
@@ -36,37 +36,49 @@ def claims(methods: dict[str, Any]) -> list[Claim]:
     if "see" not in methods:
         return []
     means = {name: {key: value["mean"] for key, value in body["figures"].items()} for name, body in methods.items()}
+    return _quality(means) + _routing(means["see"]) + _activated_form(means)
+
+
+def _quality(means: dict[str, dict[str, float]]) -> list[Claim]:
     see = means["see"]
-    made = []
+    checked = []
     if others := {name: figures["ar"] for name, figures in means.items() if name not in ("see", "see-full", "oracle")}:
         best = max(others, key=lambda name: others[name])
-        found = f"{100 * see['ar']:.1f} against {100 * others[best]:.1f} of {best}"
-        made.append(Claim("AR at least that of every method but the oracle", found, see["ar"] >= others[best] - EQUAL))
+        measured = f"{100 * see['ar']:.1f} against {100 * others[best]:.1f} of {best}"
+        holds = see["ar"] >= others[best] - EPSILON
+        checked.append(Claim("AR at least that of every method but the oracle", measured, holds))
     if "oracle" in means:
         behind = means["oracle"]["ar"] - see["ar"]
-        found = f"{100 * behind:.1f} points behind"
-        made.append(Claim("AR within 1 point of the oracle's", found, behind <= ORACLE_WITHIN + EQUAL))
-    made.append(Claim("BWT at least -0.5 points", f"{100 * see['bwt']:.1f}", see["bwt"] >= LEAST_BWT - EQUAL))
-    accuracy = see["routing_accuracy"]
-    made.append(
-        Claim("at least 99 % of the tasks' queries reach their expert", _percent(accuracy), accuracy >= LEAST_ROUTING)
-    )
-    passed = see["own_to_generalist"]
-    made.append(
-        Claim("at most 2 % of the tasks' queries reach the generalist", _percent(passed), passed <= MOST_OWN_PASSED)
-    )
-    for source, share in see.items():
-        if source.endswith(f" to {GENERALIST}"):
-            name = source.removesuffix(f" to {GENERALIST}")
-            made.append(Claim(f"at least 95 % of {name} reach the generalist", _percent(share), share >= LEAST_FOREIGN))
+        measured = f"{100 * behind:.1f} points behind"
+        checked.append(Claim("AR within 1 point of the oracle's", measured, behind <= MAX_BEHIND_ORACLE + EPSILON))
+    checked.append(Claim("BWT at least -0.5 points", f"{100 * see['bwt']:.1f}", see["bwt"] >= MIN_BWT - EPSILON))
+    return checked
+
+
+def _routing(see: dict[str, float]) -> list[Claim]:
+    right, passed = see["routing_accuracy"], see["own_to_generalist"]
+    checked = [
+        Claim("at least 99 % of the tasks' queries reach their expert", _percent(right), right >= MIN_ROUTING_ACCURACY),
+        Claim(
+            "at most 2 % of the tasks' queries reach the generalist", _percent(passed), passed <= MAX_OWN_TO_GENERALIST
+        ),
+    ]
+    for figure, share in see.items():
+        if figure.endswith(f" to {GENERALIST}"):
+            sentence = f"at least 95 % of {figure.removesuffix(f' to {GENERALIST}')} reach the generalist"
+            checked.append(Claim(sentence, _percent(share), share >= MIN_FOREIGN_TO_GENERALIST))
     if "auroc" in see:
-        sentence = "AUROC of the tasks' queries against nobody's at least 0.98"
-        made.append(Claim(sentence, f"{see['auroc']:.3f}", see["auroc"] >= LEAST_AUROC))
-    if "see-full" in means:
-        behind = means["see-full"]["ar"] - see["ar"]
-        found = f"{100 * see['ar']:.1f} against {100 * means['see-full']['ar']:.1f}"
-        made.append(Claim("the activated form's AR at least that of the full form", found, behind <= EQUAL))
-    return made
+        sentence = "AUROC of the tasks' queries against foreign ones at least 0.98"
+        checked.append(Claim(sentence, f"{see['auroc']:.3f}", see["auroc"] >= MIN_AUROC))
+    return checked
+
+
+def _activated_form(means: dict[str, dict[str, float]]) -> list[Claim]:
+    if "see-full" not in means:
+        return []
+    activated, full = means["see"]["ar"], means["see-full"]["ar"]
+    measured = f"{100 * activated:.1f} against {100 * full:.1f}"
+    return [Claim("the activated form's AR at least that of the full form", measured, full - activated <= EPSILON)]
 
 
 def _percent(share: float) -> str:

@@ -1,17 +1,16 @@
-"""Continual learning and routing as numbers: AR, BWT, FWT, confusion, ROC. Knows numbers only.
+"""Metrics of continual learning and routing: AR, BWT, FWT, confusion, ROC. This module is arithmetic.
 
-R[i][j] is the score on task j after learning i tasks; row 0 is the system that has learned none. With T tasks
-in order (Lopez-Paz and Ranzato 2017, arXiv 1706.08840; AR as in arXiv 2402.01830):
+R[i][j] is the score on task j after learning i tasks; row 0 is before the first task. With T tasks in order of
+arrival (Lopez-Paz and Ranzato 2017, arXiv 1706.08840; AR as in arXiv 2402.01830):
 
-    AR  = mean over j of R[T][j]                        how good it is in the end
-    BWT = mean over j < T of R[T][j] - R[j][j]          what later tasks gave or took
-    FWT = mean over j > 1 of R[j-1][j] - R[0][j]        what a task gained before it was learned
+    AR  = mean over j of R[T][j]                        final quality
+    BWT = mean over j < T of R[T][j] - R[j][j]          what later tasks changed
+    FWT = mean over j > 1 of R[j-1][j] - R[0][j]        what earlier tasks changed on one not learned yet
 """
 
 from __future__ import annotations
 
 import statistics
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ Matrix = Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class Continual:
-    """AR, BWT and FWT of one matrix; the latter two are 0 for a single task."""
+    """AR, BWT and FWT of one matrix; BWT and FWT are 0 for a single task."""
 
     ar: float
     bwt: float
@@ -44,28 +43,28 @@ def ar_over_time(r: Matrix) -> list[float]:
 
 
 def confusion(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """Counts by (whose query, who answered)."""
+    """Counts of (owner, answerer) pairs: by owner, then by answerer."""
     counts: dict[str, dict[str, int]] = {}
-    for owner, answered in pairs:
+    for owner, answerer in pairs:
         row = counts.setdefault(owner, {})
-        row[answered] = row.get(answered, 0) + 1
+        row[answerer] = row.get(answerer, 0) + 1
     return counts
 
 
 def share_right(pairs: Iterable[tuple[str, str]]) -> float:
-    """Share of (whose query, who answered) that agree; 1 where there are none."""
-    right = [owner == answered for owner, answered in pairs]
+    """Share of (owner, answerer) pairs that are equal; 1 for no pairs."""
+    right = [owner == answerer for owner, answerer in pairs]
     return sum(right) / len(right) if right else 1.0
 
 
 @dataclass(frozen=True)
 class Roc:
-    """How well a margin tells queries that belong to somebody from those that belong to nobody.
+    """How well a score separates the tasks' queries from foreign ones.
 
     Attributes:
-        auroc: chance that a query of a task has a higher margin than one of nobody; ties count half.
-        false_accepts, true_accepts: shares of nobody's and of the tasks' queries that are accepted,
-            as the margin that is asked for falls from above the highest to the lowest.
+        auroc: probability that a task's query has a higher score than a foreign one; ties count half.
+        false_accepts, true_accepts: shares of foreign and of the tasks' queries that reach the threshold, as it
+            falls from above the highest score to the lowest.
     """
 
     auroc: float
@@ -74,21 +73,29 @@ class Roc:
 
 
 def roc(own: Sequence[float], foreign: Sequence[float]) -> Roc:
-    """The curve over all margins; both samples must have at least one."""
+    """The ROC curve over all thresholds.
+
+    Args:
+        own: scores of the tasks' queries; may be infinite.
+        foreign: scores of foreign queries; may be infinite.
+
+    Raises:
+        ValueError: one of the two is empty.
+    """
     if not own or not foreign:
         raise ValueError("a ROC curve needs queries of both sides")
-    marks = sorted({*own, *foreign}, reverse=True)
-    false, true = (
-        [0.0, *(1 - bisect_left(side, mark) / len(side) for mark in marks)] for side in map(sorted, (foreign, own))
-    )
-    steps = range(1, len(marks) + 1)
-    area = sum((false[i] - false[i - 1]) * (true[i] + true[i - 1]) / 2 for i in steps)  # trapezoids: ties count half
-    return Roc(area, false, true)
+    from scipy.stats import rankdata
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    labels = [1] * len(own) + [0] * len(foreign)
+    ranks = rankdata([*own, *foreign], method="dense")  # scikit-learn takes no infinite scores; only order matters
+    false_accepts, true_accepts, _ = roc_curve(labels, ranks, drop_intermediate=False)
+    return Roc(float(roc_auc_score(labels, ranks)), false_accepts.tolist(), true_accepts.tolist())
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and where 95 % of the means lie that other samples of the same queries would have."""
+    """A mean and its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -96,21 +103,21 @@ class Interval:
 
 
 def bootstrap(by_task: Sequence[Sequence[float]]) -> Interval:
-    """Mean over tasks of the mean over queries, with its percentile bootstrap: each task's queries are drawn anew.
+    """The mean over tasks of the mean over queries, and its percentile bootstrap over each task's queries.
 
     Args:
-        by_task: one number for each query, such as by how much one method's score is above another's; at least
-            two of each task, since one query says nothing about others.
+        by_task: one value for each query, such as the difference between two methods' scores; at least two for
+            each task, since one query says nothing about others.
     """
     import numpy
-    from scipy.stats import bootstrap as drawn_anew
+    from scipy.stats import bootstrap as scipy_bootstrap
 
     def mean(*tasks: Any, axis: int = -1) -> Any:
         return numpy.mean([task.mean(axis=axis) for task in tasks], axis=0)
 
     samples = [numpy.asarray(task, dtype=float) for task in by_task]
-    found = drawn_anew(samples, mean, method="percentile", rng=0).confidence_interval
-    return Interval(float(mean(*samples)), float(found.low), float(found.high))
+    interval = scipy_bootstrap(samples, mean, method="percentile", rng=0).confidence_interval
+    return Interval(float(mean(*samples)), float(interval.low), float(interval.high))
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:

@@ -1,4 +1,4 @@
-"""The pictures of a report, from its summary alone."""
+"""The plots of a report, drawn from its summary alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BINS = 20
 
 
 def draw(summary: dict[str, Any], folder: Path) -> list[str]:
-    """Draw what the summary has; returns the names of the files."""
+    """Draw the plots that the summary has data for; returns their file names."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,8 +22,8 @@ def draw(summary: dict[str, Any], folder: Path) -> list[str]:
     drawn = [_matrices(methods, tasks, folder / "matrix.png"), _ar(methods, tasks, folder / "ar.png")]
     if confusions := {name: body["confusion"] for name, body in methods.items() if "confusion" in body}:
         drawn.append(_confusions(confusions, folder / "confusion.png"))
-    if decided := {name: body["decisions"] for name, body in methods.items() if body.get("decisions")}:
-        drawn.append(_decisions(decided, folder / "decisions.png"))
+    if decisions := {name: body["decisions"] for name, body in methods.items() if body.get("decisions")}:
+        drawn.append(_decisions(decisions, folder / "decisions.png"))
     if curves := {name: body for name, body in methods.items() if "roc" in body}:
         drawn.append(_rocs(curves, folder / "roc.png"))
     if costs := {name: body["rows"] for name, body in methods.items() if any(body.get("rows", []))}:
@@ -34,7 +34,8 @@ def draw(summary: dict[str, Any], folder: Path) -> list[str]:
 def classes(counts: dict[str, dict[str, int]]) -> tuple[list[str], list[str]]:
     """Owners and answerers of a confusion matrix, the generalist last in both."""
     owners = [name for name in counts if name != GENERALIST]
-    others = dict.fromkeys(who for row in counts.values() for who in row if who not in (*owners, GENERALIST))
+    answerers = dict.fromkeys(answerer for row in counts.values() for answerer in row)
+    others = [answerer for answerer in answerers if answerer not in (*owners, GENERALIST)]
     last = [GENERALIST] if GENERALIST in counts else []
     return [*owners, *last], [*owners, *others, GENERALIST]
 
@@ -42,7 +43,7 @@ def classes(counts: dict[str, dict[str, int]]) -> tuple[list[str], list[str]]:
 def _matrices(methods: dict[str, Any], tasks: Sequence[str], path: Path) -> Path:
     figure, axes = _grid(len(methods), 1.1 + 0.45 * len(tasks), 1.1 + 0.4 * len(tasks))
     for axis, (name, body) in zip(axes, methods.items(), strict=False):
-        _heat(axis, body["matrix"], list(tasks), ["–", *tasks], "{:.0f}", 100)
+        _heatmap(axis, body["matrix"], columns=list(tasks), rows=["–", *tasks])
         axis.set_title(name, fontsize=9)
     return _save(figure, path)
 
@@ -53,21 +54,20 @@ def _confusions(confusions: dict[str, Any], path: Path) -> Path:
     for axis, (name, counts) in zip(axes, confusions.items(), strict=False):
         owners, answerers = classes(counts)
         shares = [[counts[o].get(a, 0) / sum(counts[o].values()) for a in answerers] for o in owners]
-        _heat(axis, shares, answerers, owners, "{:.0f}", 100)
+        _heatmap(axis, shares, columns=answerers, rows=owners)
         axis.set(title=name, xlabel="answered by", ylabel="query of")
     return _save(figure, path)
 
 
-def _heat(axis: Any, cells: Sequence[Sequence[float]], across: list[str], down: list[str], form: str, by: int) -> None:
-    axis.imshow(cells, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    axis.set_xticks(range(len(across)), across, rotation=60, ha="right", fontsize=7)
-    axis.set_yticks(range(len(down)), down, fontsize=7)
-    for i, row in enumerate(cells):
-        for j, value in enumerate(row):
-            axis.text(
-                j, i, form.format(by * value), ha="center", va="center", fontsize=7,
-                color="white" if value > 0.6 else "black",
-            )  # fmt: skip
+def _heatmap(axis: Any, shares: Sequence[Sequence[float]], *, columns: list[str], rows: list[str]) -> None:
+    """Shares from 0 to 1 as colours, with their percentages as text."""
+    axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
+    axis.set_yticks(range(len(rows)), rows, fontsize=7)
+    for i, row in enumerate(shares):
+        for j, share in enumerate(row):
+            color = "white" if share > 0.6 else "black"
+            axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
 
 
 def _ar(methods: dict[str, Any], tasks: Sequence[str], path: Path) -> Path:
@@ -82,11 +82,11 @@ def _ar(methods: dict[str, Any], tasks: Sequence[str], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _decisions(decided: dict[str, Any], path: Path) -> Path:
-    panels = [(method, expert, body) for method, experts in decided.items() for expert, body in experts.items()]
+def _decisions(decisions: dict[str, Any], path: Path) -> Path:
+    panels = [(method, expert, body) for method, experts in decisions.items() for expert, body in experts.items()]
     figure, axes = _grid(len(panels), 3.2, 2.2)
     for axis, (method, expert, body) in zip(axes, panels, strict=False):
-        samples = {"own": body["own"], "other tasks": body["other_tasks"], "nobody's": body["nobody"]}
+        samples = {"own": body["own"], "other tasks": body["other_tasks"], "foreign": body["nobody"]}
         for label, values in samples.items():
             axis.hist(values, bins=BINS, range=(0, 1), histtype="step", label=label, linewidth=1.4)
         axis.axvline(body["threshold"], color="black", linestyle="--", linewidth=1)
@@ -102,7 +102,7 @@ def _rocs(curves: dict[str, Any], path: Path) -> Path:
         curve, area = body["roc"], body["figures"]["auroc"]["mean"]
         axis.plot(curve["false_accepts"], curve["true_accepts"], label=f"{name}: {area:.3f}")
     axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="nobody's queries that an expert takes", ylabel="tasks' queries that an expert takes")
+    axis.set(xlabel="accepted share of foreign queries", ylabel="accepted share of the tasks' queries")
     axis.legend(fontsize=8, title="AUROC", loc="lower right")
     return _save(figure, path)
 
@@ -118,7 +118,7 @@ def _costs(costs: dict[str, list[float]], tasks: Sequence[str], path: Path) -> P
 
 
 def _grid(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure with as many axes, at most four in a row; each so many inches."""
+    """A figure with `panels` axes of `width` x `height` inches each, at most four in a row."""
     from matplotlib import pyplot
 
     columns = min(4, panels)
@@ -126,10 +126,10 @@ def _grid(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(columns * width, rows * height), layout="constrained", squeeze=False
     )
-    every = list(axes.flat)
-    for axis in every[panels:]:
+    flat = list(axes.flat)
+    for axis in flat[panels:]:
         axis.set_visible(False)
-    return figure, every[:panels]
+    return figure, flat[:panels]
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -33,13 +33,13 @@ class ProgressBridge(FitListener):
             title = PHASE_TITLES[progress.phase]
             self._listener.progress(title, progress.done, progress.total, progress.waiting)
             return
-        metrics.show("see_fit_progress_ratio", progress.done / max(1, progress.total), task=self._task)
+        metrics.set_gauge("see_fit_progress_ratio", progress.done / max(1, progress.total), task=self._task)
         loss = rate = ""
         if progress.loss is not None:
-            metrics.show("see_fit_loss", progress.loss, task=self._task)
+            metrics.set_gauge("see_fit_loss", progress.loss, task=self._task)
             loss = f"loss {progress.loss:.3f}"
         if progress.tokens_per_s is not None:
-            metrics.show("see_fit_tokens_per_second", progress.tokens_per_s, task=self._task)
+            metrics.set_gauge("see_fit_tokens_per_second", progress.tokens_per_s, task=self._task)
             rate = f"{progress.tokens_per_s:.0f} tokens/s"
         self._listener.progress("fitting", progress.done, progress.total, f"{loss}, {rate}")
 

@@ -1,13 +1,13 @@
-"""The chain: the walk of one query over the sequence of experts.
+"""The chain: the walk of one query over the sequence of experts (SEE, arXiv 2504.06664).
 
     newest expert ── pass ──► next ── pass ──► … ── pass ──► generalist
          │ accept              │ accept
          ▼                     ▼
        answers               answers
 
-Each expert decides for itself (P(accept) against its own threshold); the first in order that
-accepts answers, and if none does, the generalist. There is no router. The chain knows neither
-models nor Ray: it is given an async callable that asks one expert.
+Each expert decides for itself: P(accept) against its own threshold. The first expert in order that accepts
+answers the query; if none does, the generalist answers it. There is no router. This module knows neither models
+nor Ray: the caller passes an async function that gets one expert's decision.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ GENERALIST = "generalist"
 
 
 class ExpertUnavailable(ServingError):
-    """An expert that could not be asked: its replica is gone and none has taken its place."""
+    """An expert cannot decide: its replica is gone and no other has replaced it yet."""
 
 
 @dataclass(frozen=True)
 class ChainEntry:
-    """One place in the sequence: an expert and the P(accept) from which it accepts."""
+    """One expert in the sequence, and the P(accept) from which it accepts a query."""
 
     expert: str
     threshold: float
@@ -41,8 +41,10 @@ class Decision:
     """One expert's decision on the query.
 
     Attributes:
-        p_accept: its decision; None if it could not be asked, which counts as a pass.
-        ms: milliseconds until its decision arrived.
+        expert: its name.
+        p_accept: P(accept); None if the expert was unavailable, which counts as a pass.
+        threshold: P(accept) from which it accepts.
+        ms: milliseconds until the decision arrived.
     """
 
     expert: str
@@ -56,7 +58,7 @@ class Decision:
 
     @property
     def decision(self) -> str:
-        """In words, for people and metrics."""
+        """`accept`, `pass` or `unavailable`: the label in traces and metrics."""
         return "unavailable" if self.p_accept is None else "accept" if self.accepted else "pass"
 
 
@@ -65,8 +67,8 @@ class Trace:
     """What the chain did for one query, and why.
 
     Attributes:
-        sequence_version: of the sequence that was walked.
-        asked: decisions in the order of the sequence, up to the one that settled it.
+        sequence_version: version of the sequence that was walked.
+        asked: decisions in the order of the sequence, up to the first that accepted.
         answered_by: name of the expert, or `generalist`.
         reason: `accepted`, `no expert accepted`, or `named by the request`.
         ms: milliseconds of the whole walk.
@@ -78,6 +80,11 @@ class Trace:
     reason: str
     ms: float = 0.0
 
+    @classmethod
+    def named_by_request(cls, expert: str, sequence_version: int) -> Trace:
+        """The trace of a query whose request names the expert (or the generalist), so that none decides."""
+        return cls(sequence_version, (), expert, "named by the request")
+
     def body(self) -> dict[str, Any]:
         """The trace as JSON: the `see` field of every answer."""
         return {
@@ -86,68 +93,64 @@ class Trace:
             "reason": self.reason,
             "asked": [
                 {
-                    "expert": asked.expert,
-                    "p_accept": None if asked.p_accept is None else round(asked.p_accept, 6),
-                    "threshold": round(asked.threshold, 6),
-                    "decision": asked.decision,
-                    "ms": round(asked.ms, 1),
+                    "expert": decision.expert,
+                    "p_accept": None if decision.p_accept is None else round(decision.p_accept, 6),
+                    "threshold": round(decision.threshold, 6),
+                    "decision": decision.decision,
+                    "ms": round(decision.ms, 1),
                 }
-                for asked in self.asked
+                for decision in self.asked
             ],
             "ms": round(self.ms, 1),
         }
 
 
-def named(expert: str, sequence_version: int) -> Trace:
-    """The trace of a query whose expert (or the generalist) was named, so that none was asked."""
-    return Trace(sequence_version, (), expert, "named by the request")
-
-
 async def walk(
-    links: Sequence[ChainEntry],
+    entries: Sequence[ChainEntry],
     decide: Callable[[str], Awaitable[float]],
     *,
     lookahead: int = 1,
     sequence_version: int = 0,
 ) -> Trace:
-    """Find who answers.
+    """Find the expert that answers a query.
 
     Args:
-        links: the sequence, in the order in which experts are asked (newest first).
-        decide: asks one expert, gives its P(accept); raises ExpertUnavailable if it cannot be asked.
-        lookahead: how many experts may be asked at the same time. The outcome is the same for
-            every value: a decision counts only once all experts before it have passed. What was
-            asked too much is cancelled.
-        sequence_version: noted in the trace.
+        entries: the sequence in the order in which experts are asked (newest first).
+        decide: returns an expert's P(accept); raises ExpertUnavailable if it cannot.
+        lookahead: how many experts may decide concurrently. It does not change the outcome: a decision
+            counts only once all experts before it have passed. Decisions that turn out not to be needed
+            are cancelled.
+        sequence_version: recorded in the trace.
     """
     started = time.perf_counter()
-    waiting: deque[tuple[ChainEntry, asyncio.Task[Decision]]] = deque()
-    ahead: Iterator[ChainEntry] = iter(links)
-    asked: list[Decision] = []
+    remaining: Iterator[ChainEntry] = iter(entries)
+    pending: deque[tuple[ChainEntry, asyncio.Task[Decision]]] = deque()
+    decisions: list[Decision] = []
 
-    async def ask(link: ChainEntry) -> Decision:
-        begun = time.perf_counter()
+    async def ask(entry: ChainEntry) -> Decision:
+        asked = time.perf_counter()
         try:
-            p_accept: float | None = await decide(link.expert)
+            p_accept: float | None = await decide(entry.expert)
         except ExpertUnavailable:
             p_accept = None
-        return Decision(link.expert, p_accept, link.threshold, (time.perf_counter() - begun) * 1000)
+        return Decision(entry.expert, p_accept, entry.threshold, (time.perf_counter() - asked) * 1000)
 
     def trace(answered_by: str, reason: str) -> Trace:
-        return Trace(sequence_version, tuple(asked), answered_by, reason, (time.perf_counter() - started) * 1000)
+        ms = (time.perf_counter() - started) * 1000
+        return Trace(sequence_version, tuple(decisions), answered_by, reason, ms)
 
     try:
         while True:
-            while len(waiting) < max(1, lookahead) and (link := next(ahead, None)) is not None:
-                waiting.append((link, asyncio.ensure_future(ask(link))))
-            if not waiting:
+            while len(pending) < max(1, lookahead) and (entry := next(remaining, None)) is not None:
+                pending.append((entry, asyncio.ensure_future(ask(entry))))
+            if not pending:
                 return trace(GENERALIST, "no expert accepted")
-            link, task = waiting[0]
-            asked.append(await task)
-            waiting.popleft()
-            if asked[-1].accepted:
-                return trace(link.expert, "accepted")
+            entry, task = pending[0]
+            decisions.append(await task)
+            pending.popleft()
+            if decisions[-1].accepted:
+                return trace(entry.expert, "accepted")
     finally:
-        for _, task in waiting:
+        for _, task in pending:
             task.cancel()
-        await asyncio.gather(*(task for _, task in waiting), return_exceptions=True)
+        await asyncio.gather(*(task for _, task in pending), return_exceptions=True)

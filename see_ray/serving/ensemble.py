@@ -19,7 +19,7 @@ from see_ray.engine.detokenize import TextChunk
 from see_ray.engine.interface import GenerateRequest
 from see_ray.errors import SeeError
 from see_ray.observability.tracing import walk_span
-from see_ray.routing.chain import GENERALIST, ChainEntry, Trace, named, walk
+from see_ray.routing.chain import GENERALIST, ChainEntry, Trace, walk
 from see_ray.serving.app_names import ENSEMBLE_APP
 from see_ray.serving.engine_host import EngineHost, replica_options
 from see_ray.serving.live import LINGER_S, Live, LiveExpert
@@ -67,7 +67,7 @@ class Ensemble(EngineHost):
         await self._follower.ready.wait()
         live = self._follower.live
         if answerer is not None:
-            return named(answerer, live.version)
+            return Trace.named_by_request(answerer, live.version)
         names = [expert.name for expert in live.experts]
         decisions = asyncio.ensure_future(self._engine.decide(prompt, names, fallback=True))
 

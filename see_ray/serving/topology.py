@@ -21,7 +21,7 @@ from see_ray.config import ServeConfig
 from see_ray.engine.detokenize import TextChunk
 from see_ray.engine.interface import GenerateRequest
 from see_ray.observability.tracing import walk_span
-from see_ray.routing.chain import GENERALIST, ChainEntry, ExpertUnavailable, Trace, named, walk
+from see_ray.routing.chain import GENERALIST, ChainEntry, ExpertUnavailable, Trace, walk
 from see_ray.serving.app_names import GENERALIST_APP
 from see_ray.serving.live import Live
 
@@ -82,7 +82,7 @@ class PerExpert:
     ) -> tuple[Trace, DeploymentResponse | None]:
         """The trace, and the prompt's keys and values if the generalist was asked to export them."""
         if answerer is not None:
-            return named(answerer, live.version), None
+            return Trace.named_by_request(answerer, live.version), None
         # A response that is passed on without being awaited goes from replica to replica through the object store.
         generalist = self._handle(GENERALIST_APP)
         shares = self._config.share_prefix and self._config.engine == "embedded" and live.shares_prefix

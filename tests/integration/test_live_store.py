@@ -10,7 +10,7 @@ import pytest
 from see_ray.engine.engine import EmbeddedEngine
 from see_ray.engine.interface import GenerateRequest, SamplingParams
 from see_ray.errors import ConfigError, TaskError
-from see_ray.evaluate.answer_scores import each_score, mean_scores
+from see_ray.evaluate.answer_scores import mean_scores, scores_by_task
 from see_ray.evaluate.live_store import EvalConfig, evaluate, report, rows_of
 from see_ray.models.activation import encode_prompt
 from see_ray.progress import Listener
@@ -31,14 +31,14 @@ def sources(tmp_path_factory, tasks) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def wish(sources) -> EvalConfig:
+def evaluation(sources) -> EvalConfig:
     return EvalConfig((sources["tickets"], sources["dates"]), (sources["contacts"],), ROWS, TOKENS)
 
 
 @pytest.fixture(scope="module")
-def found(wish, config, experts, tmp_path_factory):
+def found(evaluation, config, experts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
-    return evaluate(wish, config, folder, Listener()), folder
+    return evaluate(evaluation, config, folder, Listener()), folder
 
 
 async def answered(engine: EmbeddedEngine, tokenizer, prompt: str, links: list[ChainEntry]) -> tuple[str, str]:
@@ -67,7 +67,7 @@ async def test_every_row_of_r_is_that_of_asking_one_after_another(found, engine,
         asked = [(name, row) for name in result.tasks for row in tasks[name].test[:ROWS]]
         answers = [await answered(engine, tokenizer, row["prompt"], newest_first) for _, row in asked]
         wanted = mean_scores(
-            each_score((name, text, row["response"]) for (name, row), (_, text) in zip(asked, answers, strict=True))
+            scores_by_task((name, text, row["response"]) for (name, row), (_, text) in zip(asked, answers, strict=True))
         )
         assert scores == wanted
     assert [who for _, _, who in result.routes][: len(answers)] == [who for who, _ in answers]
@@ -82,17 +82,17 @@ async def test_queries_of_nobody_are_routed_and_not_scored(found, engine, tokeni
     assert set(result.scores[0]) == {"tickets", "dates"}
 
 
-def test_what_was_asked_is_not_asked_again(found, wish, config):
+def test_what_was_asked_is_not_asked_again(found, evaluation, config):
     result, folder = found
     before = {path: path.stat().st_mtime_ns for path in (folder / "asked").glob("*.json")}
     assert len(before) >= 2 + 1  # decisions of two experts, answers of at least the generalist
-    assert evaluate(wish, config, folder, Listener()) == result
+    assert evaluate(evaluation, config, folder, Listener()) == result
     assert {path: path.stat().st_mtime_ns for path in (folder / "asked").glob("*.json")} == before
 
 
-def test_the_report_says_what_was_measured(found, wish, config):
+def test_the_report_says_what_was_measured(found, evaluation, config):
     result, folder = found
-    text = report(wish, config, folder, Listener())
+    text = report(evaluation, config, folder, Listener())
     assert f"| see | 1 | {100 * sum(result.matrix[-1]) / 2:.1f} |" in text
     assert "dates@1" in text
     assert (folder / "report.json").is_file()

@@ -1,16 +1,15 @@
-"""What all methods of a comparison share: one loaded base model, one way to fit, one way to ask.
+"""What all methods of a comparison share: one base model, one way to fit, and one way to decide and answer.
 
-Every adapter is fitted by `fit_local` on examples in which each target begins with an indicator, and answers
-through the engine, so methods differ in their data and their routing alone. A fit is named by everything that
-makes it: methods that need the same one (the oracle and all routers, or any method's first task) share it, and
-an interrupted comparison finds it again.
+Every adapter is fitted by `fit_local` on examples whose target begins with an indicator, and answers through the
+engine, so that methods differ in their data and their routing alone. A fit is identified by everything that
+determines it: methods that need the same fit share it (the oracle and the routers; the first task of most methods),
+and an interrupted comparison finds it again.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +21,10 @@ from see_ray.data.general_queries import Chat, general_cache, needed_general, re
 from see_ray.data.reconstruct import Example
 from see_ray.data.task import Row, Task
 from see_ray.evaluate.baselines import routers
-from see_ray.evaluate.baselines.plan import Data, Plan, read
-from see_ray.evaluate.batch_inference import Asker, cached_by_prompt, digest, write_json
+from see_ray.evaluate.baselines.plan import Plan, read_data
+from see_ray.evaluate.batch_inference import BatchInference
+from see_ray.evaluate.queries import encode_queries
+from see_ray.evaluate.result_cache import cached_by_prompt, digest, write_json
 from see_ray.fit.local import fit_local
 from see_ray.fit.report import Comparison
 from see_ray.fit.spec import SETTINGS_WITHOUT_EFFECT_ON_RESULT, FitSpec
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from see_ray.engine.interface import Expert
 
 KEPT_PREFIX_GB = 2.0
-"""For keys and values of prompts, kept from one adapter's answers to the next one's: every test query is asked anew
-after each task, and reading it takes longer than a short answer to it."""
+"""Memory for keys and values of prompts, kept from one adapter to the next: all adapters answer the same test queries,
+and reading a prompt takes longer than writing a short answer to it."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ class Fit:
     """One fitted adapter.
 
     Attributes:
-        key: its name; equal fits have equal names.
+        key: identifies it by everything that determines it.
         folder: its PEFT folder.
         form: `activated` or `full`.
-        rows: examples that it was fitted on.
-        seconds: that it took, when it was fitted.
-        decisions: P(accept) of its held-out rows.
-        comparison: with the generalist on those of them that are own; None without any.
+        rows: number of examples that it was fitted on.
+        seconds: that the fit took.
+        decisions: P(accept) of its held-out examples.
+        comparison: with the generalist on those of them that are the task's own; None if there are none.
     """
 
     key: str
@@ -64,54 +65,30 @@ class Fit:
     comparison: Comparison | None
 
 
-@dataclass(frozen=True)
-class Query:
-    """One query that is asked after every task.
-
-    Attributes:
-        owner: the task it belongs to; None if nobody's.
-        source: the task, or where a query of nobody's comes from.
-        prompt: token ids.
-        messages: the same as a chat.
-        reference: the right answer; empty if nobody's.
-    """
-
-    owner: str | None
-    source: str
-    prompt: tuple[int, ...]
-    messages: Chat
-    reference: str
-
-
-class Workbench:
+class Experiment:
     """A plan with one seed, in one process.
 
     Args:
         plan: the comparison.
         seed: draws rows and seeds fits.
-        folder: where fits and answers are kept.
+        folder: where fits, decisions and answers are kept.
     """
 
     def __init__(self, plan: Plan, seed: int, folder: Path):
         self.seed, self.config = seed, plan.config(seed)
-        # Names below are of fits and prompts; what the base model is loaded as is in no name but this one.
+        # The keys of fits and prompts do not contain how the base model is loaded; the folder's name does.
         self.folder = folder / digest(self.config.base_model.model_dump(mode="json"))
         self.base, self.tokenizer, self.model, self.engine = _models(self.config.base_model)
-        self.data: Data = read(plan, seed)
-        self.tasks: tuple[Task, ...] = self.data.tasks
-        self.asker = Asker(self.engine, self.tokenizer)
+        data = read_data(plan, seed)
+        self.tasks: tuple[Task, ...] = data.tasks
+        self.queries = encode_queries(data.tests, data.foreign.items(), self.tokenizer)
+        self.inference = BatchInference(self.engine, self.tokenizer)
         self._max_tokens = plan.max_tokens
         self._hidden: dict[tuple[int, ...], numpy.ndarray] = {}
-        own = [(name, name, row.messages, row.response) for name, rows in self.data.tests.items() for row in rows]
-        foreign = [(None, source, chat, "") for source, chats in self.data.foreign.items() for chat in chats]
-        self.queries = [
-            Query(owner, source, tuple(encode_prompt(self.tokenizer, messages)), messages, reference)
-            for owner, source, messages, reference in (*own, *foreign)
-        ]
 
     @functools.cached_property
     def general(self) -> list[Chat]:
-        """General queries for reconstruction, as `learn` takes them."""
+        """General queries for reconstruction, the same as `see learn` uses."""
         from filelock import FileLock
 
         config = self.config
@@ -123,10 +100,10 @@ class Workbench:
             return sample_general(self.base, config.base_model, needed_general(config.reconstruct), self.seed)
 
     def activation(self, form: str) -> Activation:
-        """Where adapters of a form apply."""
+        """From where adapters of a form apply."""
         return activation_of(self.tokenizer, self.config.base_model, self._fit_config(form))
 
-    def accept(self, rows: Sequence[Row], form: str = "activated") -> list[Example]:
+    def accept_examples(self, rows: Sequence[Row], form: str = "activated") -> list[Example]:
         """Rows as accept examples."""
         return [accept_example(row, self.tokenizer, self.activation(form)) for row in rows]
 
@@ -139,14 +116,14 @@ class Workbench:
         start: Fit | None = None,
         learning_rate: float | None = None,
     ) -> Fit:
-        """Fit an adapter, or find the same fit from before.
+        """Fit an adapter, or load the same fit from before.
 
         Args:
             examples: to fit on.
-            form: where the adapter applies.
-            held_out: rows on which it decides in the end.
-            start: an adapter to go on from.
-            learning_rate: if not the configuration's.
+            form: `activated` or `full`.
+            held_out: examples that the fitted adapter decides on.
+            start: an adapter to continue from.
+            learning_rate: instead of the configuration's.
         """
         from filelock import FileLock
 
@@ -154,47 +131,49 @@ class Workbench:
         settings = config.model_dump(mode="json", exclude=set(SETTINGS_WITHOUT_EFFECT_ON_RESULT))
         rows = [[[e.prompt, e.target] for e in some] for some in (examples, held_out)]
         key = digest([self.base.fingerprint, settings, asdict(activation), rows, start and start.key])
-        folder = self.folder / "adapters" / key
+        folder = self._adapter_folder(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not (folder / "fit_here.json").is_file():  # written last
+            if not (folder / "fit_here.json").is_file():  # written last, so that it marks a complete folder
                 shutil.rmtree(folder, ignore_errors=True)
                 spec = FitSpec(examples, self.base, self.config.base_model, activation, config, held_out)
-                made = fit_local(spec, self.model, folder, start=start.folder if start else None)
-                write_json(folder / "fit_here.json", asdict(made) | {"form": form, "rows": len(examples)})
-        return self.found(key)
+                fitted = fit_local(spec, self.model, folder, start=start.folder if start else None)
+                write_json(folder / "fit_here.json", asdict(fitted) | {"form": form, "rows": len(examples)})
+        return self.load_fit(key)
 
-    def found(self, key: str) -> Fit:
-        """A fit from before, by its name."""
-        folder = self.folder / "adapters" / key
-        made = json.loads((folder / "fit_here.json").read_text(encoding="utf-8"))
-        comparison = made["comparison"] and Comparison(**made["comparison"])
-        return Fit(key, folder, made["form"], made["rows"], made["seconds"], made["decisions"], comparison)
+    def load_fit(self, key: str) -> Fit:
+        """A fit from before."""
+        folder = self._adapter_folder(key)
+        saved = json.loads((folder / "fit_here.json").read_text(encoding="utf-8"))
+        comparison = Comparison(**saved["comparison"]) if saved["comparison"] else None
+        return Fit(key, folder, saved["form"], saved["rows"], saved["seconds"], saved["decisions"], comparison)
+
+    def _adapter_folder(self, key: str) -> Path:
+        return self.folder / "adapters" / key
 
     def _fit_config(self, form: str, learning_rate: float | None = None) -> FitConfig:
         rate = learning_rate or self.config.fit.learning_rate
         return self.config.fit.model_copy(update={"form": form, "learning_rate": rate})
 
     def answers(self, prompts: Sequence[Sequence[int]], fit: Fit | None) -> list[str]:
-        """Answers of an adapter, or of the generalist."""
+        """Answers of an adapter, or of the generalist if `fit` is None."""
         expert = self._expert(fit) if fit else None
-        name = f"answers-{fit.key if fit else GENERALIST}-{self._max_tokens}.json"
         return cached_by_prompt(
-            self.folder / "asked" / name,
+            self.folder / "asked" / f"answers-{fit.key if fit else GENERALIST}-{self._max_tokens}.json",
             prompts,
-            lambda missing: self.asker.answers(missing, expert, self._max_tokens),
+            lambda missing: self.inference.answers(missing, expert, self._max_tokens),
         )
 
     def decisions(self, fit: Fit) -> list[float]:
-        """P(accept) of an adapter for every query."""
+        """P(accept) of an adapter for every test query."""
         return cached_by_prompt(
             self.folder / "asked" / f"decisions-{fit.key}.json",
             [query.prompt for query in self.queries],
-            lambda missing: self.asker.decisions(missing, self._expert(fit)),
+            lambda missing: self.inference.decisions(missing, self._expert(fit)),
         )
 
     def hidden_states(self, prompts: Sequence[tuple[int, ...]]) -> numpy.ndarray:
-        """The base model's hidden state at each prompt's end [prompts, hidden size]; each is read once a process."""
+        """The base model's hidden state at each prompt's last token [prompts, hidden size], cached in this process."""
         import numpy
 
         if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._hidden]:
@@ -216,7 +195,7 @@ def accept_example(row: Row, tokenizer: Any, activation: Activation) -> Example:
 
 @functools.lru_cache(maxsize=1)
 def _models(config: BaseModelConfig) -> tuple[BaseModel, Any, Any, Any]:
-    """Base model, tokenizer, the model to fit on and an engine; they share the mapped weights."""
+    """Base model, tokenizer, the model to fit on, and an engine; the latter two share the mapped weights."""
     import torch
 
     from see_ray.engine.engine import EmbeddedEngine
@@ -224,13 +203,6 @@ def _models(config: BaseModelConfig) -> tuple[BaseModel, Any, Any, Any]:
 
     base = find(config)
     model = load_model(base, config, "cuda" if torch.cuda.is_available() else "cpu")
-    kept = int(KEPT_PREFIX_GB * 1e9 / kv_bytes_per_token(model, model.dtype))
-    engine = EmbeddedEngine(base, config, prefix_tokens=kept)
+    prefix_tokens = int(KEPT_PREFIX_GB * 1e9 / kv_bytes_per_token(model, model.dtype))
+    engine = EmbeddedEngine(base, config, prefix_tokens=prefix_tokens)
     return base, load_tokenizer(base), model, engine
-
-
-def set_threads(config: FitConfig) -> None:
-    """Torch threads of this process: as many as it has CPUs reserved, so that several run side by side."""
-    import torch
-
-    torch.set_num_threads(config.threads_per_worker or min(os.cpu_count() or 1, max(1, int(config.cpus_per_worker))))

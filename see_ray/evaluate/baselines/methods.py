@@ -1,18 +1,18 @@
-"""Continual-learning methods, each as one function: what it does when a task arrives.
+"""Continual-learning methods, each one function: what it does when a task arrives.
 
-All share base model, rank, rows, epochs and seeds, and the activated form, so that methods are compared and
-not forms (`see-full` apart). Every row becomes an accept example for every method: without pass examples the
-indicator says nothing, and fit and engine are the same for all.
+All share the base model, rank, rows, epochs and seeds, and the activated form (except `see-full`), so that methods
+are compared and not forms. Every row is an accept example for every method: without pass examples the indicator
+carries no information, and fit and engine are the same for all.
 
     generalist       no adapter
-    oracle           one adapter a task, and the task of each query is told
-    multitask        one adapter, fitted anew on all tasks' rows at every step
-    sequential       one adapter, fitted on with each task's rows
+    oracle           one adapter per task; the task of each query is given
+    multitask        one adapter, fitted again on all tasks' rows at every stage
+    sequential       one adapter, fitted further on each task's rows
     rehearsal-1      the same, with 1 % of every earlier task's rows (at least one)
     rehearsal-10     the same with 10 %
     ssr              the same with as many rows that the models wrote themselves
-    learned-router   one adapter a task behind a classifier on sentence embeddings
-    nearest-router   one adapter a task behind the nearest mean of the base model's hidden state
+    learned-router   one adapter per task behind a classifier on sentence embeddings
+    nearest-router   one adapter per task behind the nearest mean of the base model's hidden state
     see              this project: experts that decide for themselves
     see-full         the same in the full form
 """
@@ -26,37 +26,39 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from see_ray.admission.calibrate import calibrate
-from see_ray.admission.gate import Evidence, judge
-from see_ray.data.reconstruct import reconstruct, sample_queries
+from see_ray.admission.candidate import Candidate
+from see_ray.admission.publication import MOST_KEPT
+from see_ray.data.general_queries import Chat
+from see_ray.data.reconstruct import Reconstruction, reconstruct, sample_queries
 from see_ray.data.task import Row, Task
-from see_ray.evaluate.baselines import routers
-from see_ray.evaluate.baselines import ssr as synthesis
-from see_ray.evaluate.baselines.experiment import Fit, Workbench
-from see_ray.evaluate.batch_inference import digest, write_json
-from see_ray.pipeline import MOST_KEPT
+from see_ray.evaluate.baselines import routers, ssr
+from see_ray.evaluate.baselines.experiment import Experiment, Fit
+from see_ray.evaluate.result_cache import digest, write_json
 from see_ray.routing.chain import GENERALIST, ChainEntry
 from see_ray.routing.replay import answered_by, margin
 
+if TYPE_CHECKING:
+    import numpy
+
 FULL_LEARNING_RATE = 3e-4
-"""Of the full form: adapting every token of the prompt, it is unsteady at the activated form's rate."""
+"""Of the full form, which adapts every token of the prompt and is unstable at the activated form's rate."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a method is once it has learned another task.
+class StageResult:
+    """A method after one more task. The field names are those of the files that `compare` keeps.
 
     Attributes:
-        answerers: who answers each query: a fit's key, or None for the generalist.
-        routes: the class each query was given, a task's name or `generalist`; None if nothing routes.
+        answerers: the key of the fit that answers each query; None for the generalist.
+        routes: the class of each query, a task's name or `generalist`; None if the method routes nothing.
         rows: examples fitted on for this task, those of earlier tasks included.
-        seconds: that learning it took.
-        state: for the next step; JSON.
-        margins: of each query, above 0 if some expert accepts; None if there are no decisions.
-        decisions: P(accept) of each query by expert, and
-        thresholds: of each expert.
+        seconds: that learning the task took.
+        state: what the next stage needs; JSON.
+        margins: of each query, above 0 if an expert accepts it; None if the method makes no decisions.
+        decisions: P(accept) of each query, by expert.
+        thresholds: by expert.
     """
 
     answerers: list[str | None]
@@ -69,102 +71,195 @@ class Step:
     thresholds: dict[str, float] = field(default_factory=dict)
 
 
-Method = Callable[[Workbench, int, dict[str, Any]], Step]
-"""(what is shared, number of the arriving task, state after the one before) -> the step."""
+Method = Callable[[Experiment, int, dict[str, Any]], StageResult]
+"""(experiment, index of the arriving task, state after the task before) -> the result of this stage."""
 
 
-def generalist(bench: Workbench, arriving: int, state: dict[str, Any]) -> Step:
-    return Step([None] * len(bench.queries), None, 0, 0.0, {})
+# --- the generalist and methods with one adapter ---------------------------------------------
 
 
-def oracle(bench: Workbench, arriving: int, state: dict[str, Any]) -> Step:
-    fits = _one_each(bench, arriving)
-    keys = {task.name: fit.key for task, fit in zip(bench.tasks, fits, strict=False)}
-    answerers = [keys.get(query.owner) if query.owner else None for query in bench.queries]
-    return Step(answerers, None, fits[-1].rows, fits[-1].seconds, {})
+def generalist(experiment: Experiment, arriving: int, state: dict[str, Any]) -> StageResult:
+    return StageResult([None] * len(experiment.queries), None, 0, 0.0, {})
 
 
-def multitask(bench: Workbench, arriving: int, state: dict[str, Any]) -> Step:
-    rows = [row for task in bench.tasks[: arriving + 1] for row in task.train]
-    return _single(bench, bench.fit(bench.accept(rows)))
+def multitask(experiment: Experiment, arriving: int, state: dict[str, Any]) -> StageResult:
+    rows = [row for task in experiment.tasks[: arriving + 1] for row in task.train]
+    return _single_adapter(experiment, experiment.fit(experiment.accept_examples(rows)))
 
 
-def sequential(bench: Workbench, arriving: int, state: dict[str, Any], share: float = 0.0) -> Step:
-    old = [row for task in bench.tasks[:arriving] for row in _sample(task, share, bench.seed)]
-    return _fit_on(bench, arriving, state, old)
+def sequential(experiment: Experiment, arriving: int, state: dict[str, Any], share: float = 0.0) -> StageResult:
+    """Fit the adapter further on the arriving task, and on `share` of every earlier task's rows."""
+    old_rows = [row for task in experiment.tasks[:arriving] for row in _rehearsal_rows(task, share, experiment.seed)]
+    return _fit_further(experiment, arriving, state, old_rows)
 
 
-def ssr(bench: Workbench, arriving: int, state: dict[str, Any], share: float = 0.1) -> Step:
-    wanted = math.ceil(share * len(bench.tasks[0].train))
-    written = [_synthesized(bench, task, wanted) for task in bench.tasks[:arriving]]
-    began = time.perf_counter()
-    old: list[Row] = []
-    for task, (prompts, _) in zip(bench.tasks, written, strict=False):
-        encoded = [bench.accept([Row((("user", text),), "", "")])[0].prompt for text in prompts]
-        old += synthesis.rows_of(prompts, bench.answers(encoded, bench.found(state["key"])), task)
-    writing = sum(seconds for _, seconds in written[-1:])  # each task's inputs are written once
-    return _fit_on(bench, arriving, state, old, writing + time.perf_counter() - began)
+def self_synthesized(experiment: Experiment, arriving: int, state: dict[str, Any], share: float = 0.1) -> StageResult:
+    """Fit the adapter further on the arriving task, and on synthesized rows of every earlier task."""
+    count = math.ceil(share * len(experiment.tasks[0].train))
+    synthesized = [_synthesized_inputs(experiment, task, count) for task in experiment.tasks[:arriving]]
+    started = time.perf_counter()
+    old_rows: list[Row] = []
+    for task, (inputs, _) in zip(experiment.tasks, synthesized, strict=False):
+        prompts = [experiment.accept_examples([Row((("user", text),), "", "")])[0].prompt for text in inputs]
+        answers = experiment.answers(prompts, experiment.load_fit(state["key"]))
+        old_rows += ssr.as_rows(inputs, answers, task)
+    writing = sum(seconds for _, seconds in synthesized[-1:])  # those of earlier tasks were counted before
+    return _fit_further(experiment, arriving, state, old_rows, writing + time.perf_counter() - started)
 
 
-def learned_router(bench: Workbench, arriving: int, state: dict[str, Any]) -> Step:
-    def vectors(chats: Sequence[Any]) -> Any:
+def _single_adapter(experiment: Experiment, fit: Fit, extra_seconds: float = 0.0) -> StageResult:
+    answerers: list[str | None] = [fit.key] * len(experiment.queries)
+    return StageResult(answerers, None, fit.rows, fit.seconds + extra_seconds, {"key": fit.key})
+
+
+def _fit_further(
+    experiment: Experiment, arriving: int, state: dict[str, Any], old_rows: Sequence[Row], extra_seconds: float = 0.0
+) -> StageResult:
+    """Continue the one adapter on the arriving task's rows and some old ones."""
+    start = experiment.load_fit(state["key"]) if arriving else None
+    examples = experiment.accept_examples([*experiment.tasks[arriving].train, *old_rows])
+    return _single_adapter(experiment, experiment.fit(examples, start=start), extra_seconds)
+
+
+def _rehearsal_rows(task: Task, share: float, seed: int) -> list[Row]:
+    count = math.ceil(share * len(task.train))
+    return random.Random(f"rehearsal {task.name} {seed}").sample(list(task.train), count)
+
+
+def _synthesized_inputs(experiment: Experiment, task: Task, count: int) -> tuple[list[str], float]:
+    """User turns like a task's, and the seconds that generating them took; generated once and kept."""
+    demonstrations = [row.prompt for row in task.train[: ssr.DEMONSTRATIONS]]
+    key = digest([experiment.base.fingerprint, demonstrations, count])
+    path = experiment.folder / "synthesized" / f"{task.name}-{experiment.seed}-{key}.json"
+    if not path.is_file():
+        started = time.perf_counter()
+
+        def generate(contexts: list[str], seed: int) -> list[str]:
+            encoded = experiment.tokenizer(contexts, add_special_tokens=False)["input_ids"]
+            return experiment.inference.sample(encoded, ssr.TEMPERATURE, seed, ssr.MAX_INPUT_TOKENS)
+
+        inputs = ssr.synthesize_inputs(task, count, generate, experiment.seed)
+        write_json(path, {"prompts": inputs, "seconds": time.perf_counter() - started})
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return saved["prompts"], saved["seconds"]
+
+
+# --- one adapter per task --------------------------------------------------------------------
+
+
+def oracle(experiment: Experiment, arriving: int, state: dict[str, Any]) -> StageResult:
+    fits = _fit_each(experiment, arriving)
+    keys = {task.name: fit.key for task, fit in zip(experiment.tasks, fits, strict=False)}
+    answerers = [keys.get(query.owner) if query.owner else None for query in experiment.queries]
+    return StageResult(answerers, None, fits[-1].rows, fits[-1].seconds, {})
+
+
+def learned_router(experiment: Experiment, arriving: int, state: dict[str, Any]) -> StageResult:
+    def vectors(chats: Sequence[Chat]) -> numpy.ndarray:
         return routers.embed([chat[-1]["content"] for chat in chats])
 
-    return _routed(bench, arriving, vectors, partial(routers.learned, seed=bench.seed))
+    return _routed(experiment, arriving, vectors, partial(routers.fit_logistic_regression, seed=experiment.seed))
 
 
-def nearest_router(bench: Workbench, arriving: int, state: dict[str, Any]) -> Step:
-    def vectors(chats: Sequence[Any]) -> Any:
+def nearest_router(experiment: Experiment, arriving: int, state: dict[str, Any]) -> StageResult:
+    def vectors(chats: Sequence[Chat]) -> numpy.ndarray:
         rows = [Row(tuple((turn["role"], turn["content"]) for turn in chat), "", "") for chat in chats]
-        return bench.hidden_states([example.prompt for example in bench.accept(rows)])
+        return experiment.hidden_states([example.prompt for example in experiment.accept_examples(rows)])
 
-    return _routed(bench, arriving, vectors, routers.nearest)
+    return _routed(experiment, arriving, vectors, routers.fit_nearest_mean)
 
 
-def see(bench: Workbench, arriving: int, state: dict[str, Any], form: str = "activated") -> Step:
-    """reconstruct ─► fit ─► calibrate ─► gate ─► the walk over all experts so far, as `learn` and `chain` have it.
+def _fit_each(experiment: Experiment, arriving: int) -> list[Fit]:
+    """One adapter for each task so far."""
+    return [experiment.fit(experiment.accept_examples(task.train)) for task in experiment.tasks[: arriving + 1]]
 
-    An expert that the gate sets aside does not join, and its task stays with the generalist.
+
+def _routed(
+    experiment: Experiment,
+    arriving: int,
+    vectors: Callable[[Sequence[Chat]], numpy.ndarray],
+    fit_classifier: Callable[[numpy.ndarray, Sequence[str]], routers.Classifier],
+) -> StageResult:
+    """One adapter per task behind a classifier that is fitted again on all rows so far.
+
+    Args:
+        experiment: the experiment.
+        arriving: index of the arriving task.
+        vectors: the classifier's features of some chats [chats, size].
+        fit_classifier: gets vectors [rows, size] and their class names.
     """
-    task, config = bench.tasks[arriving], bench.config
-    activation = bench.activation(form)
-    earlier = {
-        old.name: (
-            sample_queries(old.train, config.reconstruct.rehearsal_share, bench.seed),
-            [row.messages for row in old.eval[:MOST_KEPT]],
-        )
-        for old in bench.tasks[:arriving]
-        if old.name in {expert["name"] for expert in state.get("experts", [])}
-    }
-    made = reconstruct(
-        task, bench.tokenizer, activation, config.reconstruct, earlier=earlier, general=bench.general, seed=bench.seed
-    )
+    import numpy
+
+    fits = _fit_each(experiment, arriving)
+    *earlier, task = experiment.tasks[: arriving + 1]
+    known = vectors([row.messages for old in earlier for row in old.train] + experiment.general)
+    names = [old.name for old in earlier for _ in old.train] + [GENERALIST] * len(experiment.general)
+    started = time.perf_counter()
+    arrived = vectors([row.messages for row in task.train])
+    names += [task.name] * len(arrived)
+    classify = fit_classifier(numpy.concatenate([known, arrived]), names)
+    seconds = fits[-1].seconds + time.perf_counter() - started
+    routes = classify(vectors([query.messages for query in experiment.queries]))
+    keys = {learned.name: fit.key for learned, fit in zip((*earlier, task), fits, strict=True)}
+    return StageResult([keys.get(name) for name in routes], routes, fits[-1].rows, seconds, {})
+
+
+# --- SEE -------------------------------------------------------------------------------------
+
+
+def see(experiment: Experiment, arriving: int, state: dict[str, Any], form: str = "activated") -> StageResult:
+    """Reconstruct, fit, calibrate and judge as `see_ray.pipeline` does, then walk the chain of experts so far.
+
+    An expert that the gate sets aside does not join, and the queries of its task stay with the generalist.
+    """
+    task, config = experiment.tasks[arriving], experiment.config
+    reconstruction = _reconstruct(experiment, arriving, form, {expert["name"] for expert in state.get("experts", [])})
     rate = FULL_LEARNING_RATE if form == "full" else None
-    fit = bench.fit(made.train, form=form, held_out=made.held_out, learning_rate=rate)
-    own, decisions = fit.decisions[: len(made.own)], fit.decisions[len(made.own) :]
-    foreign = [(kind, p) for (kind, _), p in zip(made.foreign, decisions, strict=True)]
-    calibration = calibrate(own, foreign, config.calibrate.false_accept_rate)
-    model = (bench.base.name, bench.base.fingerprint)
-    evidence = Evidence(calibration, own, foreign, made.claimed, fit.comparison, model)
-    verdict = judge(evidence, config.gate)
+    fit = experiment.fit(reconstruction.train, form=form, held_out=reconstruction.held_out, learning_rate=rate)
+    candidate = Candidate.from_fit(
+        reconstruction, fit.decisions, fit.comparison, experiment.base, config.calibrate.false_accept_rate
+    )
+    verdict = candidate.judge(config.gate)
     experts = list(state.get("experts", []))
     if verdict.passed:
-        experts.append({"name": task.name, "key": fit.key, "threshold": calibration.threshold})
+        experts.append({"name": task.name, "key": fit.key, "threshold": candidate.calibration.threshold})
 
     keys = {expert["name"]: expert["key"] for expert in experts}
-    links = [ChainEntry(expert["name"], expert["threshold"]) for expert in reversed(experts)]  # newest first
-    by_expert = {name: bench.decisions(bench.found(key)) for name, key in keys.items()}
-    by_query = [{name: every[n] for name, every in by_expert.items()} for n in range(len(bench.queries))]
-    routes = [answered_by(links, decisions) for decisions in by_query]
-    return Step(
+    chain = [ChainEntry(expert["name"], expert["threshold"]) for expert in reversed(experts)]  # newest first
+    decisions = {name: experiment.decisions(experiment.load_fit(key)) for name, key in keys.items()}
+    by_query = [{name: p[index] for name, p in decisions.items()} for index in range(len(experiment.queries))]
+    routes = [answered_by(chain, of_query) for of_query in by_query]
+    return StageResult(
         answerers=[keys.get(name) for name in routes],
         routes=routes,
         rows=fit.rows,
         seconds=fit.seconds,
         state={"experts": experts, "failed": {**state.get("failed", {}), task.name: list(verdict.failed)}},
-        margins=[margin(links, decisions) for decisions in by_query],
-        decisions=by_expert,
-        thresholds={link.expert: link.threshold for link in links},
+        margins=[margin(chain, of_query) for of_query in by_query],
+        decisions=decisions,
+        thresholds={entry.expert: entry.threshold for entry in chain},
+    )
+
+
+def _reconstruct(experiment: Experiment, arriving: int, form: str, live: set[str]) -> Reconstruction:
+    """The arriving task's examples; each live expert keeps the queries for it that `see learn` would store."""
+    config = experiment.config.reconstruct
+    earlier = {
+        old.name: (
+            sample_queries(old.train, config.rehearsal_share, experiment.seed),
+            [row.messages for row in old.eval[:MOST_KEPT]],
+        )
+        for old in experiment.tasks[:arriving]
+        if old.name in live
+    }
+    return reconstruct(
+        experiment.tasks[arriving],
+        experiment.tokenizer,
+        experiment.activation(form),
+        config,
+        earlier=earlier,
+        general=experiment.general,
+        seed=experiment.seed,
     )
 
 
@@ -176,75 +271,9 @@ METHODS: dict[str, Method] = {
     "sequential": sequential,
     "rehearsal-1": partial(sequential, share=0.01),
     "rehearsal-10": partial(sequential, share=0.1),
-    "ssr": ssr,
+    "ssr": self_synthesized,
     "learned-router": learned_router,
     "nearest-router": nearest_router,
     "see-full": partial(see, form="full"),
 }
-"""In the order in which they run: the routers find the oracle's adapters."""
-
-
-# --- what several of them do -----------------------------------------------------------------
-
-
-def _one_each(bench: Workbench, arriving: int) -> list[Fit]:
-    """One adapter for each task so far."""
-    return [bench.fit(bench.accept(task.train)) for task in bench.tasks[: arriving + 1]]
-
-
-def _single(bench: Workbench, fit: Fit, more_seconds: float = 0.0) -> Step:
-    return Step([fit.key] * len(bench.queries), None, fit.rows, fit.seconds + more_seconds, {"key": fit.key})
-
-
-def _fit_on(
-    bench: Workbench, arriving: int, state: dict[str, Any], old: Sequence[Row], more_seconds: float = 0.0
-) -> Step:
-    """Go on with the one adapter, on the arriving task's rows and some old ones."""
-    start = bench.found(state["key"]) if arriving else None
-    return _single(bench, bench.fit(bench.accept([*bench.tasks[arriving].train, *old]), start=start), more_seconds)
-
-
-def _sample(task: Task, share: float, seed: int) -> list[Row]:
-    count = math.ceil(share * len(task.train))
-    return random.Random(f"rehearsal {task.name} {seed}").sample(list(task.train), count)
-
-
-def _synthesized(bench: Workbench, task: Task, wanted: int) -> tuple[list[str], float]:
-    """User turns like a task's, written once, and the seconds that took."""
-    made_of = [bench.base.fingerprint, [row.prompt for row in task.train[: synthesis.DEMONSTRATIONS]], wanted]
-    path = bench.folder / "synthesized" / f"{task.name}-{bench.seed}-{digest(made_of)}.json"
-    if not path.is_file():
-        began = time.perf_counter()
-
-        def write(contexts: list[str], seed: int) -> list[str]:
-            encoded = bench.tokenizer(contexts, add_special_tokens=False)["input_ids"]
-            return bench.asker.sample(encoded, synthesis.HOT, seed, synthesis.LONGEST)
-
-        prompts = synthesis.inputs(task, wanted, write, bench.seed)
-        write_json(path, {"prompts": prompts, "seconds": time.perf_counter() - began})
-    made = json.loads(path.read_text(encoding="utf-8"))
-    return made["prompts"], made["seconds"]
-
-
-def _routed(
-    bench: Workbench,
-    arriving: int,
-    vectors: Callable[[Sequence[Any]], Any],
-    classifier: Callable[[Any, Sequence[str]], routers.Classifier],
-) -> Step:
-    """One adapter a task behind a classifier that is made anew, of all rows so far."""
-    import numpy
-
-    fits = _one_each(bench, arriving)
-    tasks = bench.tasks[: arriving + 1]
-    old = [row.messages for task in tasks[:-1] for row in task.train]
-    seen = vectors([*old, *bench.general])
-    began = time.perf_counter()
-    new = vectors([row.messages for row in tasks[-1].train])
-    names = [task.name for task in tasks[:-1] for _ in task.train] + [GENERALIST] * len(bench.general)
-    names += [tasks[-1].name] * len(new)
-    classify = classifier(numpy.concatenate([seen, new]), names)
-    seconds = fits[-1].seconds + time.perf_counter() - began
-    routes = classify(vectors([query.messages for query in bench.queries]))
-    keys = {task.name: fit.key for task, fit in zip(tasks, fits, strict=True)}
-    return Step([keys.get(name) for name in routes], routes, fits[-1].rows, seconds, {})
+"""Methods by name, in the order in which they run: the routers then find the oracle's adapters."""

@@ -1,7 +1,7 @@
-"""What a comparison runs on: tasks in order, rows, settings; and reading them.
+"""What a comparison of methods runs on: tasks in order, rows and settings.
 
-Tasks are `NAME.train.jsonl` and `NAME.test.jsonl` in a folder, or the demo's, which are generated. A seed
-draws the training rows, and it seeds the fits; the test rows are the same for all seeds.
+Tasks are `NAME.train.jsonl` and `NAME.test.jsonl` in a folder, or the generated ones of the demo. A seed draws the
+training rows and seeds the fits; the test rows are the same for all seeds.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from see_ray.config import Config, load_config
-from see_ray.data.demo_tasks import demo_tasks, general_questions, unseen_queries
+from see_ray.data.demo_tasks import demo_tasks, unseen_queries
 from see_ray.data.general_queries import Chat
-from see_ray.data.task import Row, Task, read_task
+from see_ray.data.task import Row, Task
 from see_ray.errors import ConfigError, TaskError
 from see_ray.evaluate.answer_scores import KINDS, kind_of
-from see_ray.evaluate.batch_inference import write_json
+from see_ray.evaluate.queries import GENERAL_QUESTIONS, as_chat, general_chats, read_rows
+from see_ray.evaluate.result_cache import write_json
 
 ORDERS = {
     "order10": "qa qg sa sum trans dsg expl para pe pos",
@@ -28,8 +29,8 @@ ORDERS = {
 """Orders of SuperNI tasks that SSR (arXiv 2402.01830) uses, by name."""
 
 DEMO_TASKS = ("contacts", "dates", "tickets")
-GENERAL_QUESTIONS = "general questions"
 UNSEEN = "sorting cities"
+"""Source of the demo's foreign queries: a task that no method learns."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Plan:
     Attributes:
         data: folder of the tasks; None for the demo's.
         tasks: names in order of arrival.
-        foreign: tasks that nobody learns; their test rows should reach the generalist.
+        foreign: tasks that no method learns; their test rows should reach the generalist.
         rows: training rows of each task, the same for every method.
         eval_rows: held-out rows of each task, on which experts are calibrated.
         test_rows: test rows of each task.
@@ -59,19 +60,19 @@ class Plan:
     settings: tuple[str, ...]
 
     def config(self, seed: int) -> Config:
-        """The configuration of one seed; reconstruction may hold out all of `eval_rows`."""
-        own = [f"fit.seed={seed}", f"reconstruct.max_eval_rows={self.eval_rows}"]
-        return load_config(None, [*own, *self.settings])
+        """The configuration for one seed; reconstruction may hold out all of `eval_rows`."""
+        defaults = [f"fit.seed={seed}", f"reconstruct.max_eval_rows={self.eval_rows}"]
+        return load_config(None, [*defaults, *self.settings])
 
 
 @dataclass(frozen=True)
-class Data:
-    """What a plan's tasks hold for one seed.
+class PlanData:
+    """The rows of a plan for one seed.
 
     Attributes:
-        tasks: in order; train and eval rows.
+        tasks: in order of arrival, with train and eval rows.
         tests: test rows by task.
-        foreign: queries of nobody's task, by where they come from.
+        foreign: foreign queries by source.
         kinds: the kind of score of each task.
     """
 
@@ -81,75 +82,87 @@ class Data:
     kinds: dict[str, str]
 
 
-def keep(plan: Plan, folder: Path) -> None:
-    """Write the plan beside its parts, so that nobody goes on with another one there.
+def save_plan(plan: Plan, folder: Path) -> None:
+    """Write the plan to the folder of its parts, so that the folder is not used for another plan.
 
     Raises:
         ConfigError: the folder holds parts of another plan.
     """
     path, body = folder / "plan.json", json.loads(json.dumps(asdict(plan)))
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if different := [name for name in body if body[name] != found.get(name)]:
-            values = ", ".join(f"{name} {found.get(name)!r} (now {body[name]!r})" for name in different)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if different := [name for name in body if body[name] != saved.get(name)]:
+            values = ", ".join(f"{name} {saved.get(name)!r} (now {body[name]!r})" for name in different)
             raise ConfigError(f"{folder} holds parts of a comparison with {values}; name another folder")
     else:
         write_json(path, body)
 
 
-def read(plan: Plan, seed: int) -> Data:
+def read_data(plan: Plan, seed: int) -> PlanData:
     """Read a plan's rows for one seed.
 
     Raises:
-        TaskError, ConfigError: a task is missing or too small; an unknown metric.
+        TaskError: a task is missing or too small.
+        ConfigError: the metric is unknown.
     """
     if plan.metric not in (*KINDS, "auto"):
         raise ConfigError(f"the metric is {plan.metric!r}; expected auto, {', '.join(KINDS)}")
-    general = {GENERAL_QUESTIONS: tuple(_as_chat(text) for text in general_questions()[: plan.test_rows])}
-    wanted = plan.rows + plan.eval_rows
-    tasks, tests, foreign = [], {}, {}
-    if plan.data is None:
-        made = {task.name: task for task in demo_tasks(rows=2 * wanted, test_rows=plan.test_rows)}
-        for name in plan.tasks:
-            if name not in made:
-                raise TaskError(f"the demo has no task {name}; it has {', '.join(made)}; or name a folder of tasks")
-            tasks.append(_drawn(name, [_as_row(row, name) for row in made[name].train], plan, seed))
-            tests[name] = tuple(_as_row(row, f"{name} test") for row in made[name].test)
-        foreign = {UNSEEN: tuple(_as_chat(text) for text in unseen_queries(plan.test_rows))}
-    else:
-        for name in plan.tasks:
-            tasks.append(_drawn(name, read_rows(Path(plan.data) / f"{name}.train.jsonl"), plan, seed))
-            tests[name] = tuple(read_rows(Path(plan.data) / f"{name}.test.jsonl")[: plan.test_rows])
-        for name in plan.foreign:
-            rows = read_rows(Path(plan.data) / f"{name}.test.jsonl")[: plan.test_rows]
-            foreign[name] = tuple(row.messages for row in rows)
+    source = _DemoTasks(plan) if plan.data is None else _TaskFolder(plan, Path(plan.data))
+    tasks = tuple(_draw(name, source.train_rows(name), plan, seed) for name in plan.tasks)
+    tests = {name: source.test_rows(name) for name in plan.tasks}
+    foreign = source.foreign() | {GENERAL_QUESTIONS: tuple(general_chats(plan.test_rows))}
     kinds = {
         name: kind_of([row.response for row in rows]) if plan.metric == "auto" else plan.metric
         for name, rows in tests.items()
     }
-    return Data(tuple(tasks), tests, foreign | general, kinds)
+    return PlanData(tasks, tests, foreign, kinds)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a file, in its order."""
-    task = read_task(path)
-    rows = [*task.train, *task.eval]
-    return sorted(rows, key=lambda row: int(row.where.rpartition(":")[2].rpartition(" ")[2]))
+class _DemoTasks:
+    """The generated tasks of the demo."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        rows = 2 * (plan.rows + plan.eval_rows)
+        self._tasks = {task.name: task for task in demo_tasks(rows=rows, test_rows=plan.test_rows)}
+
+    def train_rows(self, name: str) -> list[Row]:
+        if name not in self._tasks:
+            raise TaskError(f"the demo has no task {name}; it has {', '.join(self._tasks)}; or name a folder of tasks")
+        return [_as_row(row, name) for row in self._tasks[name].train]
+
+    def test_rows(self, name: str) -> tuple[Row, ...]:
+        return tuple(_as_row(row, f"{name} test") for row in self._tasks[name].test)
+
+    def foreign(self) -> dict[str, tuple[Chat, ...]]:
+        return {UNSEEN: tuple(as_chat(text) for text in unseen_queries(self._plan.test_rows))}
 
 
-def _drawn(name: str, rows: list[Row], plan: Plan, seed: int) -> Task:
-    """Train and eval rows of one seed: different prompts, so that no eval row was fitted on."""
+class _TaskFolder:
+    """A folder with `NAME.train.jsonl` and `NAME.test.jsonl`."""
+
+    def __init__(self, plan: Plan, folder: Path):
+        self._plan, self._folder = plan, folder
+
+    def train_rows(self, name: str) -> list[Row]:
+        return read_rows(self._folder / f"{name}.train.jsonl")
+
+    def test_rows(self, name: str) -> tuple[Row, ...]:
+        return tuple(read_rows(self._folder / f"{name}.test.jsonl")[: self._plan.test_rows])
+
+    def foreign(self) -> dict[str, tuple[Chat, ...]]:
+        return {name: tuple(row.messages for row in self.test_rows(name)) for name in self._plan.foreign}
+
+
+def _draw(name: str, rows: list[Row], plan: Plan, seed: int) -> Task:
+    """Draw train and eval rows with different prompts, so that no eval row is fitted on."""
     different = list({row.prompt: row for row in rows}.values())
-    wanted = plan.rows + plan.eval_rows
-    if len(different) < wanted:
-        raise TaskError(f"{name} has {len(different)} different training rows; {wanted} are wanted, so take fewer rows")
-    drawn = random.Random(f"{name} {seed}").sample(different, wanted)
+    count = plan.rows + plan.eval_rows
+    if len(different) < count:
+        raise TaskError(f"{name} has {len(different)} different training rows; {count} are wanted, so take fewer rows")
+    drawn = random.Random(f"{name} {seed}").sample(different, count)
     return Task(name, tuple(drawn[: plan.rows]), tuple(drawn[plan.rows :]), ())
 
 
 def _as_row(row: dict[str, str], where: str) -> Row:
     return Row((("user", row["prompt"]),), row["response"], where)
-
-
-def _as_chat(text: str) -> Chat:
-    return [{"role": "user", "content": text}]

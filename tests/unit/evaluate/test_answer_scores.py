@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from see_ray.data.demo_tasks import demo_tasks
-from see_ray.evaluate.answer_scores import KINDS, each_score, kind_of, mean_scores, scores
+from see_ray.evaluate.answer_scores import KINDS, kind_of, mean_scores, scores, scores_by_task
 
 
 def test_a_right_answer_has_the_full_score_in_every_kind():
@@ -56,7 +56,7 @@ def test_the_demo_tasks_are_scored_by_their_one_right_answer():
 
 
 def test_means_are_by_task():
-    each = each_score([("a", "x", "x"), ("a", "x", "y"), ("b", "y", "y")])
-    assert (each["a"]["accuracy"], each["b"]["accuracy"]) == ([1.0, 0.0], [1.0])
-    found = mean_scores(each)
+    by_task = scores_by_task([("a", "x", "x"), ("a", "x", "y"), ("b", "y", "y")])
+    assert (by_task["a"]["accuracy"], by_task["b"]["accuracy"]) == ([1.0, 0.0], [1.0])
+    found = mean_scores(by_task)
     assert (found["a"]["accuracy"], found["b"]["accuracy"]) == (0.5, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -86,6 +87,18 @@ def test_auroc_is_that_of_scikit_learn(steps):
 def test_auroc_by_hand():
     # Of the six pairs (own, foreign), own is higher in four, and one is a tie.
     assert roc([3, 2], [1, 2, 2.5]).auroc == pytest.approx((3 + 1 + 0.5) / 6)
+
+
+def test_infinite_margins_are_the_first_and_the_last():
+    """An empty sequence gives every query a margin of minus infinity, and a P(accept) of 1 one of plus infinity."""
+    found = roc([math.inf, 0.5], [-math.inf, 0.5])
+    assert found == roc([2.0, 1.0], [0.0, 1.0])
+    assert found.auroc == pytest.approx((1 + 1 + 1 + 0.5) / 4)
+    assert (found.false_accepts, found.true_accepts) == ([0, 0, 0.5, 1], [0, 0.5, 1, 1])
+
+
+def test_margins_that_are_all_alike_tell_nothing():
+    assert roc([-math.inf] * 2, [-math.inf] * 3).auroc == 0.5
 
 
 def test_a_roc_curve_needs_both_sides():

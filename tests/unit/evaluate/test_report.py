@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from see_ray.evaluate.report import PICTURES, write_report
+from see_ray.evaluate.report import CAPTIONS, write_report
 from see_ray.evaluate.results import Result, summary
 
 TASKS = ("sa", "pe")
@@ -75,7 +75,7 @@ def test_the_page_says_what_the_json_says(written):
 
 
 def test_every_picture_is_drawn_and_shown(written):
-    for name in PICTURES:
+    for name in CAPTIONS:
         assert (written[0] / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in written[1]
 
@@ -86,16 +86,16 @@ def test_methods_that_route_nothing_need_no_routing_pictures(tmp_path):
     assert "## Routing" not in text
 
 
-def each(*sa: float) -> dict[str, dict[str, list[float]]]:
+def query_scores(*sa: float) -> dict[str, dict[str, list[float]]]:
     return {"sa": {"accuracy": list(sa)}, "pe": {"rouge_l": [0.5] * len(sa)}}
 
 
 def test_a_method_is_held_against_see_on_the_same_queries_and_seeds(tmp_path):
     results = [
-        result("see", 0, 0.9, **ROUTED, each=each(1, 0, 1, 1)),
-        result("see", 1, 0.9, **ROUTED, each=each(1, 1, 1, 1)),
+        result("see", 0, 0.9, **ROUTED, query_scores=query_scores(1, 0, 1, 1)),
+        result("see", 1, 0.9, **ROUTED, query_scores=query_scores(1, 1, 1, 1)),
     ]
-    results.append(result("sequential", 0, 0.4, each=each(0, 0, 0, 1)))
+    results.append(result("sequential", 0, 0.4, query_scores=query_scores(0, 0, 0, 1)))
     found = summary(results)
     behind = found["methods"]["sequential"]["behind_see"]
     assert behind["mean"] == pytest.approx((2 / 4) / 2)  # of two tasks, one alike; seed 1 has nothing beside it

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from see_ray.errors import ServingError
-from see_ray.routing.chain import GENERALIST, ChainEntry, Decision, ExpertUnavailable, Trace, named, walk
+from see_ray.routing.chain import GENERALIST, ChainEntry, Decision, ExpertUnavailable, Trace, walk
 
 
 class Experts:
@@ -48,13 +48,13 @@ class Experts:
 
 def outcome(trace):
     """Everything about a trace but times."""
-    asked = [(asked.expert, asked.p_accept, asked.threshold) for asked in trace.asked]
+    asked = [(decision.expert, decision.p_accept, decision.threshold) for decision in trace.asked]
     return trace.sequence_version, asked, trace.answered_by, trace.reason
 
 
-async def outcome_or_error(links, decide, lookahead):
+async def outcome_or_error(entries, decide, lookahead):
     try:
-        return outcome(await walk(links, decide, lookahead=lookahead, sequence_version=3))
+        return outcome(await walk(entries, decide, lookahead=lookahead, sequence_version=3))
     except Exception as error:
         return repr(error)
 
@@ -142,16 +142,16 @@ async def test_any_lookahead_gives_what_asking_one_by_one_gives():
     async def compare(seed):
         draw = random.Random(seed)
         names = [f"e{number}" for number in range(draw.randrange(9))]
-        links = [ChainEntry(name, draw.choice([0.2, 0.5, 0.9])) for name in names]
+        entries = [ChainEntry(name, draw.choice([0.2, 0.5, 0.9])) for name in names]
         unusual = [ExpertUnavailable("gone"), RuntimeError(f"broken {seed}")]
         decisions = {
             name: draw.choice(unusual) if draw.random() < 0.1 else draw.choice([0.0, 0.1, 0.3, 0.5, 0.7, 1.0])
             for name in names
         }
         experts = Experts(decisions, {name: draw.choice([0, 0, 1, 2, 3]) for name in names})
-        one_by_one = await outcome_or_error(links, experts.decide, 1)
+        one_by_one = await outcome_or_error(entries, experts.decide, 1)
         ahead = draw.randrange(2, 11)
-        return seed, ahead, one_by_one, await outcome_or_error(links, experts.decide, ahead)
+        return seed, ahead, one_by_one, await outcome_or_error(entries, experts.decide, ahead)
 
     found = await asyncio.gather(*(compare(seed) for seed in range(400)))
     assert [row for row in found if row[2] != row[3]] == []
@@ -258,7 +258,7 @@ def test_the_body_of_a_trace_is_this_json():
 
 
 def test_a_named_expert_is_not_asked():
-    assert outcome(named("b", 4)) == (4, [], "b", "named by the request")
+    assert outcome(Trace.named_by_request("b", 4)) == (4, [], "b", "named by the request")
 
 
 async def test_a_trace_notes_the_version_walked():

@@ -15,14 +15,15 @@ async def test_the_answerer_is_that_of_the_walk():
     rng = random.Random(11)
     seen = set()
     for _ in range(2000):
-        links = [ChainEntry(f"e{number}", rng.choice([0.1, 0.5, 0.9])) for number in range(rng.randint(0, 6))]
-        decisions = {link.expert: rng.choice([0.05, 0.1, 0.5, 0.7, 0.95]) for link in links}  # equal to thresholds, too
+        entries = [ChainEntry(f"e{number}", rng.choice([0.1, 0.5, 0.9])) for number in range(rng.randint(0, 6))]
+        # Some decisions equal the threshold.
+        decisions = {entry.expert: rng.choice([0.05, 0.1, 0.5, 0.7, 0.95]) for entry in entries}
 
         async def decide(expert: str, decisions: dict[str, float] = decisions) -> float:
             return decisions[expert]
 
-        trace = await walk(links, decide, lookahead=rng.randint(1, 3))
-        assert answered_by(links, decisions) == trace.answered_by
+        trace = await walk(entries, decide, lookahead=rng.randint(1, 3))
+        assert answered_by(entries, decisions) == trace.answered_by
         seen.add(trace.answered_by)
     assert len(seen) == 7  # six places and the generalist
 
@@ -30,14 +31,14 @@ async def test_the_answerer_is_that_of_the_walk():
 def test_the_margin_is_below_zero_exactly_where_the_generalist_answers():
     rng = random.Random(12)
     for _ in range(300):
-        links = [ChainEntry(f"e{number}", rng.choice([0.05, 0.5, 0.99])) for number in range(3)]
-        decisions = {link.expert: rng.choice([1e-9, 0.05, 0.5, 0.6, 0.99]) for link in links}
-        assert (margin(links, decisions) < 0) == (answered_by(links, decisions) == GENERALIST)
+        entries = [ChainEntry(f"e{number}", rng.choice([0.05, 0.5, 0.99])) for number in range(3)]
+        decisions = {entry.expert: rng.choice([1e-9, 0.05, 0.5, 0.6, 0.99]) for entry in entries}
+        assert (margin(entries, decisions) < 0) == (answered_by(entries, decisions) == GENERALIST)
 
 
 def test_the_margin_is_the_surest_experts_distance_in_log_odds():
-    links = [ChainEntry("a", 0.5), ChainEntry("b", 0.9)]
-    assert margin(links, {"a": 0.8, "b": 0.8}) == pytest.approx(math.log(4))
+    entries = [ChainEntry("a", 0.5), ChainEntry("b", 0.9)]
+    assert margin(entries, {"a": 0.8, "b": 0.8}) == pytest.approx(math.log(4))
 
 
 def test_an_empty_sequence_accepts_nothing():

@@ -8,28 +8,29 @@ from dataclasses import replace
 import pytest
 
 from see_ray.errors import ConfigError, TaskError
-from see_ray.evaluate.baselines.plan import GENERAL_QUESTIONS, UNSEEN, Plan, keep, read, read_rows
+from see_ray.evaluate.baselines.plan import UNSEEN, Plan, read_data, save_plan
+from see_ray.evaluate.queries import GENERAL_QUESTIONS, read_rows
 
 PLAN = Plan(None, ("dates", "tickets"), (), 6, 3, 4, 8, "auto", ("fit.r=4",))
 
 
 def test_a_seed_draws_the_training_rows_and_leaves_the_test_rows():
-    one, again, other = read(PLAN, 0), read(PLAN, 0), read(PLAN, 1)
+    one, again, other = read_data(PLAN, 0), read_data(PLAN, 0), read_data(PLAN, 1)
     assert one == again
     assert one.tasks != other.tasks
     assert one.tests == other.tests
 
 
 def test_train_eval_and_test_rows_are_apart():
-    data = read(PLAN, 0)
+    data = read_data(PLAN, 0)
     for task in data.tasks:
         prompts = [row.prompt for row in (*task.train, *task.eval, *data.tests[task.name])]
         assert (len(task.train), len(task.eval), len(data.tests[task.name])) == (6, 3, 4)
         assert len(set(prompts)) == len(prompts)
 
 
-def test_the_demo_has_queries_of_nobody():
-    assert set(read(PLAN, 0).foreign) == {UNSEEN, GENERAL_QUESTIONS}
+def test_the_demo_has_foreign_queries():
+    assert set(read_data(PLAN, 0).foreign) == {UNSEEN, GENERAL_QUESTIONS}
 
 
 def test_tasks_of_a_folder_are_read_in_order(tmp_path):
@@ -37,7 +38,7 @@ def test_tasks_of_a_folder_are_read_in_order(tmp_path):
         for split, count in (("train", 12), ("test", 7)):
             lines = [json.dumps({"instruction": name, "input": f"{split} {i}", "output": "x"}) for i in range(count)]
             (tmp_path / f"{name}.{split}.jsonl").write_text("\n".join(lines))
-    data = read(replace(PLAN, data=str(tmp_path), tasks=("sa",), foreign=("trec",), metric="rouge_l"), 0)
+    data = read_data(replace(PLAN, data=str(tmp_path), tasks=("sa",), foreign=("trec",), metric="rouge_l"), 0)
     assert [row.prompt[0][1] for row in data.tests["sa"]] == [f"sa\n\ntest {i}" for i in range(4)]
     assert [chat[0]["content"] for chat in data.foreign["trec"]] == [f"trec\n\ntest {i}" for i in range(4)]
     assert data.kinds == {"sa": "rouge_l"}
@@ -52,15 +53,15 @@ def test_the_settings_reach_the_configuration():
 def test_a_task_that_is_too_small_or_unknown_says_so(tmp_path):
     (tmp_path / "sa.train.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": "d"}\n')
     with pytest.raises(TaskError, match="sa has 2 different training rows; 9 are wanted"):
-        read(replace(PLAN, data=str(tmp_path), tasks=("sa",)), 0)
+        read_data(replace(PLAN, data=str(tmp_path), tasks=("sa",)), 0)
     with pytest.raises(TaskError, match="the demo has no task sa; it has contacts, dates, tickets"):
-        read(replace(PLAN, tasks=("sa",)), 0)
+        read_data(replace(PLAN, tasks=("sa",)), 0)
     with pytest.raises(ConfigError, match="the metric is 'bleu'"):
-        read(replace(PLAN, metric="bleu"), 0)
+        read_data(replace(PLAN, metric="bleu"), 0)
 
 
 def test_a_folder_keeps_to_one_plan(tmp_path):
-    keep(PLAN, tmp_path)
-    keep(PLAN, tmp_path)
+    save_plan(PLAN, tmp_path)
+    save_plan(PLAN, tmp_path)
     with pytest.raises(ConfigError, match=r"rows 6 \(now 7\)"):
-        keep(replace(PLAN, rows=7), tmp_path)
+        save_plan(replace(PLAN, rows=7), tmp_path)

@@ -1,13 +1,15 @@
-"""Routers of the usual kind: a classifier and nearest means, on made-up vectors and on real ones."""
+"""Classifiers that route queries, on made-up vectors and on real ones."""
 
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 import numpy
 import pytest
 
 from see_ray.evaluate.baselines import routers, ssr
+from see_ray.models.base_model import load_model
 
 QUERIES = {
     "recipes": ["How do I bake bread?", "Give me a recipe for lentil soup.", "How long must rice cook?"],
@@ -27,15 +29,14 @@ def clouds() -> tuple[numpy.ndarray, list[str]]:
     return numpy.concatenate(points), [name for name in centres for _ in range(30)]
 
 
-@pytest.mark.parametrize("kind", ["learned", "nearest"])
-def test_points_go_to_their_own_cloud(kind):
-    vectors, names = clouds()
-    classify = routers.learned(vectors, names, 0) if kind == "learned" else routers.nearest(vectors, names)
+@pytest.mark.parametrize("fit", [partial(routers.fit_logistic_regression, seed=0), routers.fit_nearest_mean])
+def test_points_go_to_their_own_cloud(fit):
+    classify = fit(*clouds())
     assert classify(numpy.array([[0.1, 0.2], [3.8, -0.1], [0.3, 4.2]])) == ["a", "b", "generalist"]
 
 
 def test_a_single_class_takes_everything():
-    assert routers.learned(numpy.zeros((3, 2)), ["a"] * 3, 0)(numpy.ones((2, 2))) == ["a", "a"]
+    assert routers.fit_logistic_regression(numpy.zeros((3, 2)), ["a"] * 3, 0)(numpy.ones((2, 2))) == ["a", "a"]
 
 
 @embeds
@@ -52,8 +53,9 @@ def test_the_diverse_part_has_something_of_each_kind():
     assert {kind_of[text] for text in ssr.diverse(list(kind_of), 2, 0)} == {"recipes", "planets"}
 
 
-def test_hidden_states_do_not_depend_on_what_stands_beside_them(engine):
+def test_hidden_states_do_not_depend_on_what_stands_beside_them(base, config):
+    model = load_model(base, config.base_model, "cpu")
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
-    together = routers.hidden_states(engine.model, prompts)
-    apart = numpy.concatenate([routers.hidden_states(engine.model, [prompt]) for prompt in prompts])
-    assert together == pytest.approx(apart, abs=1e-3)
+    together = routers.hidden_states(model, prompts)
+    apart = numpy.concatenate([routers.hidden_states(model, [prompt]) for prompt in prompts])
+    assert together == pytest.approx(apart, rel=1e-3, abs=1e-3)

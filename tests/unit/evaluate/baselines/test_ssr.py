@@ -33,18 +33,18 @@ def test_the_instruction_is_shown_once_and_copied_to_what_is_written():
         asked.extend(contexts)
         return [f" Text {number}\n\nInput: another" for number in range(len(contexts))]
 
-    found = ssr.inputs(task(), 2, write, seed=0)
-    assert len(asked) == 2 * ssr.SURPLUS
+    found = ssr.synthesize_inputs(task(), 2, write, seed=0)
+    assert len(asked) == 2 * ssr.OVERSAMPLING
     assert all(context.count("Answer in one word.") == 1 for context in asked)
-    assert all(context.count("Input: Review") == ssr.SHOWN for context in asked)
+    assert all(context.count("Input: Review") == ssr.SHOTS for context in asked)
     assert all(text.startswith(f"{INSTRUCTION}Text ") and "another" not in text for text in found)
 
 
 def test_copies_of_shown_rows_and_of_each_other_are_dropped():
-    found = ssr.inputs(task(), 3, lambda contexts, seed: [" Review 1", " New", " New", ""] * 2, seed=0)
+    found = ssr.synthesize_inputs(task(), 3, lambda contexts, seed: [" Review 1", " New", " New", ""] * 2, seed=0)
     assert found == [f"{INSTRUCTION}New"]
 
 
 def test_rows_without_an_answer_are_dropped():
-    rows = ssr.rows_of(["a", "b"], ["yes", " "], task())
+    rows = ssr.as_rows(["a", "b"], ["yes", " "], task())
     assert [(row.prompt, row.response) for row in rows] == [((("user", "a"),), "yes")]
