@@ -44,8 +44,8 @@ def see() -> None:
 @click.argument("path", metavar="SOURCE")
 @click.option("--name", help="The expert's name. [default: that of the file, folder or dataset]")
 @click.option("--max-rows", type=click.IntRange(min=1), metavar="N", help="Train on at most N rows. [default: all]")
-@click.option("--skip-bad-rows", is_flag=True, help="Go on without unusable rows. [default: refuse the task]")
-@click.option("--replace", is_flag=True, help="Take the place of the live expert of this name.")
+@click.option("--skip-bad-rows", is_flag=True, help="Learn without unusable rows. [default: refuse the task]")
+@click.option("--replace", is_flag=True, help="Replace the live expert of this name.")
 @click.option("--force", is_flag=True, help="Publish the expert even if it fails a limit of the gate.")
 @click.option("--dry-run", is_flag=True, help="Show what would be fitted on, with the loss mask; fit nothing.")
 @configured
@@ -88,29 +88,32 @@ def demo(rows: int, folder: str) -> None:
 
 @see.command("eval")
 @click.argument("tasks", nargs=-1, required=True, metavar="SOURCES")
-@click.option("--foreign", multiple=True, metavar="SOURCE", help="Queries that belong to nobody. Repeatable.")
-@click.option("--max-rows", type=click.IntRange(min=1), default=100, show_default=True, help="Rows of each at most.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@click.option("--foreign", multiple=True, metavar="SOURCE", help="Queries that no live expert has learned. Repeatable.")
+@click.option("--max-rows", type=click.IntRange(min=1), default=100, show_default=True, help="Most rows of each.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Limit of an answer."
+)
 @click.option("--metric", "metrics", multiple=True, metavar="TASK=KIND", help="Score a task by KIND. Repeatable.")
 @click.option("--out", metavar="PATH", default="see-eval", show_default=True, help="Folder of the report.")
 @configured
 @base_model_option
-def evaluate(config: Config, out: str, metrics: tuple[str, ...], **wish: Any) -> None:
+def evaluate(config: Config, out: str, metrics: tuple[str, ...], **options: Any) -> None:
     """Measure what is live on tasks it has learned.
 
-    Each source is read as by `see learn`, its eval split asked; of a file called test, eval, dev or validation, all
-    rows are. Kinds of score: accuracy, exact_match, token_f1, rouge_l; they follow from the references. Writes
-    report.md, report.json and pictures; the same command goes on after an interruption.
+    Each source is read as by `see learn`, and the queries of its eval split are asked; of a file called test, eval,
+    dev or validation, those of all rows. Kinds of score: accuracy, exact_match, token_f1, rouge_l; chosen by the
+    references where --metric names none. Writes report.md, report.json and plots. The same command continues after
+    an interruption.
     """
     from see_ray import cluster
     from see_ray.cli.progress_bar import TerminalListener
     from see_ray.evaluate.live_store import EvalConfig, report
 
-    named = tuple((task, kind) for task, _, kind in (metric.partition("=") for metric in metrics))
+    kinds = tuple((task, kind) for task, _, kind in (metric.partition("=") for metric in metrics))
     with TerminalListener() as listener:
         listener.step("Connecting to Ray")
         cluster.connect()
-        text = report(EvalConfig(metrics=named, **wish), config, Path(out), listener)
+        text = report(EvalConfig(metrics=kinds, **options), config, Path(out), listener)
     click.echo(text)
 
 
@@ -127,8 +130,8 @@ def evaluate(config: Config, out: str, metrics: tuple[str, ...], **wish: Any) ->
 def serve(config: Config) -> None:
     """Serve the live experts, until Ctrl-C or SIGTERM.
 
-    All are behind one OpenAI-compatible endpoint. $SEE_API_KEY, or the file serve.api_key_file, holds
-    the API keys of which clients must send one.
+    All are behind one OpenAI-compatible endpoint. Clients must send one of the API keys in $SEE_API_KEY or in
+    the file serve.api_key_file.
     """
     from see_ray import client, cluster
     from see_ray.cli import render
@@ -141,7 +144,7 @@ def serve(config: Config) -> None:
         cluster.connect()
         listener.step("Starting the endpoint")
         url = start(config)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # from here on as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # acts as Ctrl-C from here on
     try:
         click.echo(render.endpoint_text(url, client.health(url), keys.required))
         threading.Event().wait()
@@ -154,18 +157,20 @@ def serve(config: Config) -> None:
 @see.command()
 @asking
 @click.option("--model", default="see", show_default=True, help="see, see:<expert> or see:generalist.")
-@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Tokens at most. [default: the endpoint's]")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), metavar="N", help="Answer's limit. [default: the endpoint's]"
+)
 @click.option("--temperature", type=click.FloatRange(0, 2), metavar="T", help="0 is greedy. [default: the endpoint's]")
-@click.option("--no-stream", is_flag=True, help="Print the answer once it is whole.")
-def ask(url: str, prompt: str, api_key: str | None, no_stream: bool, **wishes: Any) -> None:
-    """Ask a running endpoint; print the answer as it comes.
+@click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
+def ask(url: str, prompt: str, api_key: str | None, no_stream: bool, **options: Any) -> None:
+    """Ask a running endpoint; print the answer as it is generated.
 
-    PROMPT - reads stdin. Who answered, and what each expert decided, goes to stderr.
+    PROMPT - reads stdin. The trace goes to stderr: who answered, and what each expert decided.
     """
     from see_ray import client
     from see_ray.cli import render
 
-    render.print_answer(client.ask(url, prompt, api_key=api_key, stream=not no_stream, **wishes))
+    render.print_answer(client.ask(url, prompt, api_key=api_key, stream=not no_stream, **options))
 
 
 @see.command()
@@ -174,7 +179,7 @@ def ask(url: str, prompt: str, api_key: str | None, no_stream: bool, **wishes: A
 def route(url: str, prompt: str, api_key: str | None, as_json: bool) -> None:
     """Show who would answer, and why.
 
-    Each expert decides, and nobody answers. PROMPT - reads stdin.
+    The experts decide; no answer is generated. PROMPT - reads stdin.
     """
     from see_ray import client
     from see_ray.cli import render
