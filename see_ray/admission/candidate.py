@@ -54,12 +54,12 @@ class Candidate:
         base: BaseModel,
         false_accept_rate: float,
     ) -> Candidate:
-        """Build it from a fit's decisions on `reconstruction.held_out`: own rows first, then foreign queries."""
-        first_foreign = len(reconstruction.own)
-        sources = [source for source, _ in reconstruction.foreign]
+        """Build it from a fit's decisions on `reconstruction.held_out`, in that order."""
+        pairs = list(zip(reconstruction.held_out, decisions, strict=True))
+        foreign = [p_accept for example, p_accept in pairs if not example.is_own]
         return cls(
-            own=decisions[:first_foreign],
-            foreign=list(zip(sources, decisions[first_foreign:], strict=True)),
+            own=[p_accept for example, p_accept in pairs if example.is_own],
+            foreign=[(source, p) for (source, _), p in zip(reconstruction.foreign, foreign, strict=True)],
             claimed=reconstruction.claimed,
             comparison=comparison,
             base_model=(base.name, base.fingerprint),

@@ -98,7 +98,7 @@ def outside(names: set[str]) -> set[str]:
 # --- packages: `lint-imports` holds their order ------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if MODULES[name].name == "__init__.py"])
+@pytest.mark.parametrize("name", [name for name in MODULES if name and MODULES[name].name == "__init__.py"])
 def test_a_package_imports_nothing_by_itself(name):
     assert imports_of(name) == set()
 
