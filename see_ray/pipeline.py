@@ -22,6 +22,7 @@ from see_ray.admission.calibrate import Calibration, calibrate
 from see_ray.admission.gate import Evidence, Verdict, judge
 from see_ray.cluster import as_fit_worker, result_of
 from see_ray.config import Config
+from see_ray.cpus import available_cpus
 from see_ray.data.general_queries import Chat, general_cache, needed_general, read_general_file, write_cache
 from see_ray.data.reconstruct import KINDS, Reconstruction, reconstruct
 from see_ray.data.task import Row, Task, read_task
@@ -314,13 +315,11 @@ def _general_queries(base: BaseModel, config: Config, listener: Listener) -> lis
 
 
 def _sample_general(config: Config, count: int, board: Any) -> list[Chat]:
-    import os
-
     import torch
 
     from see_ray.data.general_queries import sample_general
 
-    torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
+    torch.set_num_threads(config.fit.threads_per_worker or available_cpus())
     base = find(config.base_model)
     return sample_general(base, config.base_model, count, config.fit.seed, lambda *now: board.write.remote(now))
 

@@ -28,6 +28,7 @@ import click
 from see_ray import cluster
 from see_ray.cli.render import TerminalListener, table
 from see_ray.config import Config, load_config
+from see_ray.cpus import available_cpus
 from see_ray.data.reconstruct import Example
 from see_ray.data.task import read_task
 from see_ray.evaluate.baselines.experiment import accept_example
@@ -96,8 +97,6 @@ def run(kind: str, examples: list[Example], base: BaseModel, config: Config) -> 
 
 def hf_trainer(examples: list[Example], config: Config) -> float:
     """Hugging Face Trainer and PEFT, as their documentation has it."""
-    import os
-
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -105,7 +104,7 @@ def hf_trainer(examples: list[Example], config: Config) -> float:
     from see_ray.models.base_model import load_model
 
     fit = config.fit
-    torch.set_num_threads(fit.threads_per_worker or os.cpu_count() or 1)
+    torch.set_num_threads(fit.threads_per_worker or available_cpus())
     base = find(config.base_model)
     model = load_model(base, config.base_model, "cuda" if torch.cuda.is_available() else "cpu")
     lora = LoraConfig(task_type="CAUSAL_LM", r=fit.r, lora_alpha=fit.lora_alpha, target_modules=fit.target_modules)
@@ -131,14 +130,12 @@ def hf_trainer(examples: list[Example], config: Config) -> float:
 
 def bare_loop(examples: list[Example], config: Config) -> float:
     """The activated form's prefixes and steps with PyTorch alone."""
-    import os
-
     import torch
 
     from see_ray.fit.local import fit_here
     from see_ray.models.base_model import load_model
 
-    torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
+    torch.set_num_threads(config.fit.threads_per_worker or available_cpus())
     base = find(config.base_model)
     activation = activation_of(load_tokenizer(base), config.base_model, config.fit)
     model = load_model(base, config.base_model, "cuda" if torch.cuda.is_available() else "cpu")

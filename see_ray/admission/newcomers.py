@@ -20,6 +20,7 @@ from typing import Any
 from see_ray.admission.calibrate import Calibration, calibrate
 from see_ray.cluster import as_fit_worker
 from see_ray.config import Config
+from see_ray.cpus import available_cpus
 from see_ray.data.general_queries import Chat
 from see_ray.data.reconstruct import Reconstruction
 from see_ray.errors import SeeError
@@ -98,15 +99,13 @@ def decide(folder: Path, prompts: Sequence[list[int]], base: BaseModel, activati
 def _decide(
     files: dict[str, bytes], prompts: list[list[int]], fingerprint: str, activation: Activation, config: Config
 ) -> list[float]:
-    import os
-
     import torch
 
     from see_ray.engine.engine import EmbeddedEngine
     from see_ray.engine.interface import Expert
     from see_ray.errors import FingerprintError
 
-    torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
+    torch.set_num_threads(config.fit.threads_per_worker or available_cpus())
     base = find(config.base_model)
     if base.fingerprint != fingerprint:
         raise FingerprintError(f"{base.name} is another base model on this node than on the driver's; make them equal")

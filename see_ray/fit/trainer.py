@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from see_ray.config import BaseModelConfig, FitConfig
+from see_ray.cpus import available_cpus
 from see_ray.data.reconstruct import Example
 from see_ray.errors import FingerprintError, FitError, StoreError
 from see_ray.fit import optimizer_state
@@ -76,7 +77,7 @@ class _Run:
         self._board = settings["board"]
         self._rank, self._world = context.get_world_rank(), context.get_world_size()
         local = context.get_local_world_size()
-        torch.set_num_threads(config.threads_per_worker or max(1, (os.cpu_count() or 1) // local))
+        torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // local))
         torch.manual_seed(config.seed)
 
         self._base = find(self._base_config)

@@ -15,6 +15,7 @@ from typing import Any
 from ray import serve
 
 from see_ray.config import Config, ServeConfig
+from see_ray.cpus import available_cpus
 from see_ray.engine.interface import Engine
 from see_ray.errors import FingerprintError, SeeError, ServingError
 from see_ray.models.activation import Activation
@@ -64,7 +65,7 @@ class EngineHost:
 
         from see_ray.engine.engine import EmbeddedEngine
 
-        torch.set_num_threads(settings.replica_threads or max(1, (os.cpu_count() or 1) // 2))
+        torch.set_num_threads(settings.replica_threads or max(1, available_cpus() // 2))
         return EmbeddedEngine(
             self._base,
             self._config.base_model,

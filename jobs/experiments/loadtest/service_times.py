@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
-import os
 import pickle
 import statistics
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 from loadtest.simulation import Design, Times, work_s
 from see_ray.config import Config
+from see_ray.cpus import available_cpus
 from see_ray.engine.interface import GenerateRequest, SamplingParams
 from see_ray.errors import ServingError
 from see_ray.models.activation import encode_prompt
@@ -101,7 +101,7 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, start: float, 
     token = (_median([answered(1, 1 + tokens)] * REPEATS) - _median([answered(1, 1)] * REPEATS)) / tokens
     many = (_median([answered(MANY, 1 + tokens)] * REPEATS) - _median([answered(MANY, 1)] * REPEATS)) / tokens
     uncrowded = _median([decided([prompt]) for prompt in apart])
-    with _others_at_work(config, prompts[0], cores() - 1):
+    with _others_at_work(config, prompts[0], available_cpus() - 1):
         crowded = _median([decided([prompt]) for prompt in crowd])
     return Times(
         read=reads,
@@ -117,11 +117,6 @@ def measure(config: Config, texts: Sequence[str], *, tokens: int, start: float, 
         node=node,
         crowd=max(1.0, crowded / uncrowded),
     )
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _engine(config: Config) -> tuple[Any, list[str]]:

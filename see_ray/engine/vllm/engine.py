@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from see_ray.config import BaseModelConfig
+from see_ray.cpus import available_cpus
 from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams, Token
 from see_ray.engine.lora import read_adapter
 from see_ray.engine.vllm.plugin import ACTIVATION_POINT, WorkerExtension, problem
@@ -401,12 +402,11 @@ async def _start(arguments: dict[str, Any]) -> Any:
 
 def _set_environment(threads: int | None) -> None:
     """What vLLM reads from the environment; what the user set there stays."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ours = {
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit torch's threads, and locks they hold
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # replicas on one host would all be bound to the same cores
-        "OMP_NUM_THREADS": str(threads or cores),
+        "OMP_NUM_THREADS": str(threads or available_cpus()),
         "VLLM_NO_USAGE_STATS": "1",
     }
     for name, value in ours.items():

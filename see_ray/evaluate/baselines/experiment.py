@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from see_ray.config import BaseModelConfig, FitConfig
+from see_ray.cpus import available_cpus
 from see_ray.data.general_queries import Chat, general_cache, needed_general, read_general_file, sample_general
 from see_ray.data.reconstruct import Example
 from see_ray.data.task import Row, Task
@@ -235,4 +235,4 @@ def set_threads(config: FitConfig) -> None:
     """Torch threads of this process: as many as it has CPUs reserved, so that several run side by side."""
     import torch
 
-    torch.set_num_threads(config.threads_per_worker or min(os.cpu_count() or 1, max(1, int(config.cpus_per_worker))))
+    torch.set_num_threads(config.threads_per_worker or min(available_cpus(), max(1, int(config.cpus_per_worker))))
