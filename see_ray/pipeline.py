@@ -25,7 +25,8 @@ from see_ray.config import Config
 from see_ray.cpus import available_cpus
 from see_ray.data.general_queries import Chat, general_cache, needed_general, read_general_file, write_cache
 from see_ray.data.reconstruct import KINDS, Reconstruction, reconstruct
-from see_ray.data.task import Row, Task, read_task
+from see_ray.data.rows import Row, TokenLimit
+from see_ray.data.task import SplitOptions, Task, read_task
 from see_ray.errors import FingerprintError, GateError, LiveError
 from see_ray.fit import launch as fitting
 from see_ray.fit.launch import Fitted
@@ -95,13 +96,14 @@ def prepare(source: Source, config: Config, listener: Listener, *, replace: bool
     task = read_task(
         source.path,
         name=source.name,
-        eval_share=config.reconstruct.eval_share,
-        seed=config.fit.seed,
-        max_rows=source.max_rows,
-        max_eval_rows=config.reconstruct.max_eval_rows,
+        split=SplitOptions(
+            eval_share=config.reconstruct.eval_share,
+            seed=config.fit.seed,
+            max_rows=source.max_rows,
+            max_eval_rows=config.reconstruct.max_eval_rows,
+        ),
+        token_limit=TokenLimit(longest, count_tokens),
         skip_bad_rows=source.skip_bad_rows,
-        max_length=longest,
-        count_tokens=count_tokens,
     )
     for note in task.notes:
         listener.note(note)

@@ -30,7 +30,7 @@ from see_ray.cli.render import TerminalListener, table
 from see_ray.config import Config, load_config
 from see_ray.cpus import available_cpus
 from see_ray.data.reconstruct import Example
-from see_ray.data.task import read_task
+from see_ray.data.task import SplitOptions, read_task
 from see_ray.evaluate.baselines.experiment import accept_example
 from see_ray.fit.launch import fit_expert
 from see_ray.models.activation import activation_of
@@ -74,7 +74,8 @@ def accept_examples(path: Path, rows: int, base: BaseModel, config: Config) -> l
     """A task's rows as accept examples."""
     tokenizer = load_tokenizer(base)
     activation = activation_of(tokenizer, config.base_model, config.fit)
-    return [accept_example(row, tokenizer, activation) for row in read_task(path, max_rows=rows).train]
+    task = read_task(path, split=SplitOptions(max_rows=rows))
+    return [accept_example(row, tokenizer, activation) for row in task.train]
 
 
 def run(kind: str, examples: list[Example], base: BaseModel, config: Config) -> Times:

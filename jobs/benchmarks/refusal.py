@@ -21,7 +21,7 @@ from see_ray import cluster
 from see_ray.cli.render import TerminalListener, table
 from see_ray.config import load_config
 from see_ray.data.demo_tasks import general_questions
-from see_ray.data.task import read_task
+from see_ray.data.task import SplitOptions, read_task
 from see_ray.models.activation import encode_prompt
 from see_ray.models.base_model import find, load_tokenizer
 from see_ray.pipeline import Source, learn
@@ -72,8 +72,9 @@ def main(
         engine = EmbeddedEngine(base, config.base_model, prefix_tokens=1 << 20)
         for name, manifest in manifests.items():
             engine.load(Expert(name, store.fetch(manifest.ref, folder / "cache"), activation_of_manifest(manifest)))
+        split = SplitOptions(max_rows=test_rows)
         queries = {
-            name: [row.messages for row in read_task(data / f"{name}.test.jsonl", name=name, max_rows=test_rows).train]
+            name: [row.messages for row in read_task(data / f"{name}.test.jsonl", name=name, split=split).train]
             for name in (*learned, *others)
         }
         queries["general"] = [[{"role": "user", "content": text}] for text in general_questions()[:test_rows]]

@@ -19,7 +19,7 @@ import click
 from see_ray import client, cluster
 from see_ray.cli.render import TerminalListener, table
 from see_ray.config import load_config
-from see_ray.data.task import read_task
+from see_ray.data.task import SplitOptions, read_task
 from see_ray.pipeline import Source, learn
 from see_ray.routing.chain import GENERALIST
 from see_ray.serving import endpoint
@@ -64,7 +64,7 @@ def main(
         scorer = RougeScorer(["rougeL"], use_stemmer=False)
         for name in [*tasks.split(","), *filter(None, foreign.split(","))]:
             listener.step(f"Asking {test_rows} rows of {name}")
-            test = read_task(data / f"{name}.test.jsonl", name=name, max_rows=test_rows).train
+            test = read_task(data / f"{name}.test.jsonl", name=name, split=SplitOptions(max_rows=test_rows)).train
             prompts = [row.prompt[-1][1] for row in test]
             began = time.perf_counter()
             told = partial(listener.progress, name)

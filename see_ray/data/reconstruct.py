@@ -21,7 +21,8 @@ from typing import Any, Literal
 from see_ray.config import ReconstructConfig
 from see_ray.data.general_queries import HELD_OUT_SHARE, Chat
 from see_ray.data.mixed_queries import Query, instruction_of, is_near, parts
-from see_ray.data.task import Row, Task
+from see_ray.data.rows import Row
+from see_ray.data.task import Task
 from see_ray.models.activation import Activation, encode_prompt
 
 Kind = Literal["accept", "rehearsal", "general", "mixed"]

@@ -21,7 +21,9 @@ from typing import Any
 from see_ray.cluster import as_fit_worker, result_of
 from see_ray.config import BaseModelConfig, Config
 from see_ray.data.demo_tasks import general_questions
-from see_ray.data.task import EVAL_SPLITS, Row, read_task
+from see_ray.data.rows import Row
+from see_ray.data.sources import EVAL_SPLITS
+from see_ray.data.task import SplitOptions, read_task
 from see_ray.errors import ConfigError, FingerprintError, TaskError
 from see_ray.evaluate.answer_scores import KINDS, each_score, kind_of, mean_scores
 from see_ray.evaluate.baselines.experiment import Query, set_threads
@@ -141,7 +143,7 @@ def rows_of(source: str, config: Config, max_rows: int) -> tuple[str, list[Row]]
     """A task's name and the rows to ask: its eval split, as `see learn` reads or draws it with the same
     settings; all rows of a file whose own name says eval, validation, dev or test."""
     share, seed = config.reconstruct.eval_share, config.fit.seed
-    task = read_task(source, eval_share=share, seed=seed, max_eval_rows=None)
+    task = read_task(source, split=SplitOptions(eval_share=share, seed=seed))
     rows = list(task.eval)
     if Path(source).is_file() and re.split(r"[._-]", Path(source).stem.lower())[-1] in EVAL_SPLITS:
         rows = read_rows(Path(source))

@@ -20,7 +20,8 @@ from see_ray.config import BaseModelConfig, FitConfig
 from see_ray.cpus import available_cpus
 from see_ray.data.general_queries import Chat, general_cache, needed_general, read_general_file, sample_general
 from see_ray.data.reconstruct import Example
-from see_ray.data.task import Row, Task
+from see_ray.data.rows import Row
+from see_ray.data.task import Task
 from see_ray.evaluate.baselines import routers
 from see_ray.evaluate.baselines.plan import Data, Plan, read
 from see_ray.evaluate.batch_inference import Asker, cached_by_prompt, digest, write_json

@@ -31,7 +31,8 @@ from typing import Any
 from see_ray.admission.calibrate import calibrate
 from see_ray.admission.gate import Evidence, judge
 from see_ray.data.reconstruct import reconstruct, sample_queries
-from see_ray.data.task import Row, Task
+from see_ray.data.rows import Row
+from see_ray.data.task import Task
 from see_ray.evaluate.baselines import routers
 from see_ray.evaluate.baselines import ssr as synthesis
 from see_ray.evaluate.baselines.experiment import Fit, Workbench

@@ -8,7 +8,8 @@ import pytest
 from see_ray.config import BaseModelConfig, FitConfig, ReconstructConfig
 from see_ray.data.general_queries import needed_general
 from see_ray.data.reconstruct import Example, Reconstruction, reconstruct, render, sample_queries
-from see_ray.data.task import Row, Task
+from see_ray.data.rows import Row
+from see_ray.data.task import Task
 from see_ray.models.activation import activation_of, encode_prompt
 from see_ray.models.base_model import find, load_tokenizer
 
