@@ -10,7 +10,6 @@ experts changes on the way; their rehearsal samples are only read.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -20,10 +19,9 @@ from typing import Any
 from see_ray.admission import newcomers
 from see_ray.admission.calibrate import Calibration, calibrate
 from see_ray.admission.gate import Evidence, Verdict, judge
-from see_ray.cluster import as_fit_worker, result_of
+from see_ray.cluster import result_of
 from see_ray.config import Config
-from see_ray.cpus import available_cpus
-from see_ray.data.general_queries import Chat, general_cache, needed_general, read_general_file, write_cache
+from see_ray.data.general_sampling import load_or_sample_general
 from see_ray.data.reconstruct import KINDS, Reconstruction, reconstruct
 from see_ray.data.rows import Row, TokenLimit
 from see_ray.data.task import SplitOptions, Task, read_task
@@ -36,10 +34,9 @@ from see_ray.models.activation import Activation, activation_of, encode_prompt
 from see_ray.models.base_model import BaseModel, context_length, find, load_tokenizer
 from see_ray.observability import metrics
 from see_ray.progress import Listener
-from see_ray.store.expert_store import ExpertSequence, ExpertStore, Manifest
-
-MOST_KEPT = 50
-"""Held-out rows that an expert keeps for the calibration of later ones."""
+from see_ray.store.expert_files import kept_chats, write_expert_files
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertSequence, Manifest
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,8 @@ def prepare(source: Source, config: Config, listener: Listener, *, replace: bool
     store = ExpertStore.open(config.store.url)
     head = store.head()
     _refuse(head, store, task.name, base, replace)
-    earlier = {ref.name: newcomers.kept_chats(store, ref) for ref in head.experts if ref.name != task.name}
-    general = _general_queries(base, config, listener)
+    earlier = {ref.name: kept_chats(store, ref) for ref in head.experts if ref.name != task.name}
+    general = load_or_sample_general(base, config, listener)
     made = reconstruct(
         task, tokenizer, activation, config.reconstruct, earlier=earlier, general=general, seed=config.fit.seed
     )
@@ -256,7 +253,13 @@ def _admit(
             listener.note(sentence)
         publishing = verdict.passed or force
         listener.step("Storing and publishing the expert" if publishing else "Setting the expert aside")
-        _write_companions(folder, prepared, config, calibration)
+        write_expert_files(
+            folder,
+            config=config,
+            calibration=asdict(calibration),
+            rehearsal=made.rehearsal,
+            held_out=[row for row, _ in made.own],
+        )
         verdict.write(folder)
         activation = prepared.activation
         manifest = store.save(
@@ -285,72 +288,6 @@ def _admit(
             return manifest, store.publish(manifest.ref, check, replacing, forced), calibration, verdict
         except newcomers.NewcomersError as error:
             joined, head = error.refs, store.head()
-
-
-def _general_queries(base: BaseModel, config: Config, listener: Listener) -> list[Chat]:
-    needed = needed_general(config.reconstruct)
-    if needed == 0:
-        return []
-    if config.reconstruct.general_negatives_file is not None:
-        chats = read_general_file(config.reconstruct.general_negatives_file)
-        if len(chats) < needed:
-            file = config.reconstruct.general_negatives_file
-            listener.note(
-                f"{file} holds {len(chats)} general queries of the {needed} wanted "
-                "(reconstruct.general_negatives and half as many more, held out to calibrate)"
-            )
-        return chats
-    cached = general_cache(base, config.base_model, config.fit.seed)
-    if cached.is_file() and len(found := read_general_file(cached)) >= needed:
-        return found[:needed]
-    listener.step(f"Sampling {needed} general queries from the base model (once; kept in the cache)")
-    import ray
-
-    board = ray.remote(_Counter).options(num_cpus=0).remote()
-    pending = as_fit_worker(_sample_general, config.fit).remote(config, needed, board)
-    while not ray.wait([pending], timeout=1)[0]:
-        listener.progress("sampling", *ray.get(board.read.remote(), timeout=30))
-    chats = result_of(pending)
-    if not cached.is_file():  # sampled on another node
-        write_cache(cached, chats)
-    return chats
-
-
-def _sample_general(config: Config, count: int, board: Any) -> list[Chat]:
-    import torch
-
-    from see_ray.data.general_queries import sample_general
-
-    torch.set_num_threads(config.fit.threads_per_worker or available_cpus())
-    base = find(config.base_model)
-    return sample_general(base, config.base_model, count, config.fit.seed, lambda *now: board.write.remote(now))
-
-
-class _Counter:
-    """A Ray actor that remembers (done, total)."""
-
-    def __init__(self) -> None:
-        self._now = (0, 1)
-
-    def write(self, now: tuple[int, int]) -> None:
-        self._now = now
-
-    def read(self) -> tuple[int, int]:
-        return self._now
-
-
-def _write_companions(folder: Path, prepared: Prepared, config: Config, calibration: Calibration) -> None:
-    """What an expert keeps beside its adapter: for later experts, and for whoever asks how it was made."""
-    made = prepared.reconstruction
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    (folder / "calibration.json").write_text(json.dumps(asdict(calibration), indent=2), encoding="utf-8")
-    _write_lines(folder / "rehearsal.jsonl", [{"messages": chat} for chat in made.rehearsal])
-    kept = [row for row, _ in made.own[:MOST_KEPT]]
-    _write_lines(folder / "eval.jsonl", [{"messages": row.messages, "response": row.response} for row in kept])
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _refuse(head: ExpertSequence, store: ExpertStore, name: str, base: BaseModel, replace: bool) -> None:

@@ -11,7 +11,6 @@ fitted again, with the newcomers' rehearsal among its pass examples.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +20,13 @@ from see_ray.admission.calibrate import Calibration, calibrate
 from see_ray.cluster import as_fit_worker
 from see_ray.config import Config
 from see_ray.cpus import available_cpus
-from see_ray.data.general_queries import Chat
 from see_ray.data.reconstruct import Reconstruction
 from see_ray.errors import SeeError
 from see_ray.models.activation import Activation, encode_prompt
 from see_ray.models.base_model import BaseModel, find
-from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore
+from see_ray.store.expert_files import kept_chats
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, ExpertSequence
 
 ENOUGH_OWN = 0.95
 """Share of its own held-out rows that an expert must still accept once newcomers' queries count as foreign;
@@ -46,14 +46,6 @@ class NewcomersError(SeeError):
 def newcomers(head: ExpertSequence, known: frozenset[str], name: str) -> tuple[ExpertRef, ...]:
     """Experts of `head` whose ids are not among `known`; the one that `name` replaces does not count."""
     return tuple(ref for ref in head.experts if ref.id not in known and ref.name != name)
-
-
-def kept_chats(store: ExpertStore, ref: ExpertRef) -> tuple[list[Chat], list[Chat]]:
-    """The queries that an expert keeps for later ones: (rehearsal, held out)."""
-    return tuple(
-        [json.loads(line)["messages"] for line in store.read_text(ref, file).split("\n") if line]
-        for file in ("rehearsal.jsonl", "eval.jsonl")
-    )  # type: ignore[return-value]
 
 
 def queries_of(store: ExpertStore, refs: Sequence[ExpertRef], tokenizer: Any) -> list[tuple[str, list[int]]]:

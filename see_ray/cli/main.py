@@ -22,7 +22,8 @@ from see_ray.errors import BadRowsError, SeeError
 
 if TYPE_CHECKING:
     from see_ray.config import Config
-    from see_ray.store.expert_store import ExpertSequence, ExpertStore
+    from see_ray.store.expert_store import ExpertStore
+    from see_ray.store.records import ExpertSequence
 
 SETTINGS = {
     "store": "store.url",

@@ -33,7 +33,7 @@ from see_ray.data.reconstruct import KINDS, Example, render
 from see_ray.models.activation import Activation
 from see_ray.pipeline import Learned, Prepared
 from see_ray.progress import Listener
-from see_ray.store.expert_store import ExpertSequence, Manifest
+from see_ray.store.records import ExpertSequence, Manifest
 
 if TYPE_CHECKING:
     from see_ray.client import Piece

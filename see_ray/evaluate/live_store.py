@@ -36,7 +36,8 @@ from see_ray.models.base_model import BaseModel, cache_dir, find, load_tokenizer
 from see_ray.progress import Listener
 from see_ray.routing.chain import GENERALIST, ChainEntry
 from see_ray.routing.replay import answered_by, margin
-from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore, Manifest
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, ExpertSequence, Manifest
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -23,7 +23,8 @@ from ray.serve.exceptions import RayServeException
 from see_ray.config import Config
 from see_ray.errors import SeeError
 from see_ray.serving.replica import replica_app
-from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, ExpertSequence
 
 logger = logging.getLogger("ray.serve")
 

@@ -21,7 +21,8 @@ from see_ray.routing.chain import GENERALIST, ChainEntry, Trace, named, walk
 from see_ray.serving.deployer import LINGER_S, Live, LiveExpert
 from see_ray.serving.openai_requests import Sampling
 from see_ray.serving.replica import EngineHost, replica_options
-from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, ExpertSequence
 
 logger = logging.getLogger("ray.serve")
 

@@ -21,7 +21,8 @@ from see_ray.errors import FingerprintError, SeeError, ServingError
 from see_ray.models.activation import Activation
 from see_ray.observability import metrics
 from see_ray.serving.openai_requests import Sampling
-from see_ray.store.expert_store import ExpertRef, ExpertStore, Manifest
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, Manifest
 
 INGRESS_APP = "see"
 GENERALIST_APP = "see-generalist"

@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "see_ray"
 
 IMPORTS_RAY = {
-    "cli.demo", "cluster", "evaluate.baselines.compare", "fit.launch", "fit.trainer", "observability.metrics",
-    "observability.tracing", "pipeline", "serving.deployer", "serving.endpoint", "serving.ensemble", "serving.ingress",
+    "cli.demo", "cluster", "data.general_sampling",
+    "evaluate.baselines.compare", "fit.launch", "fit.trainer", "observability.metrics", "observability.tracing",
+    "pipeline", "serving.deployer", "serving.endpoint", "serving.ensemble", "serving.ingress",
     "serving.replica", "serving.topology",
 }  # fmt: skip
 IMPORTS_TORCH_AT_ONCE = {

@@ -34,13 +34,13 @@ from loadtest.fake_cluster import FakeCluster
 from loadtest.generator import Arrival
 from loadtest.report import Run, Second, written
 from loadtest.simulation import Design, Times
-from see_ray.admission import newcomers
 from see_ray.config import Config, load_config
 from see_ray.data.demo_tasks import demo_tasks
 from see_ray.errors import ConfigError
 from see_ray.progress import Listener
 from see_ray.serving import endpoint
 from see_ray.serving.replica import INGRESS_APP
+from see_ray.store.expert_files import kept_chats
 from see_ray.store.expert_store import ExpertStore
 
 NODE_START_S = 3.0
@@ -123,7 +123,7 @@ def draws(store: ExpertStore, wanted: str | None = None) -> generator.Draw:
         ConfigError: no expert of that name is live.
     """
     own = {
-        ref.name: [chat[-1]["content"] for chats in newcomers.kept_chats(store, ref) for chat in chats]
+        ref.name: [chat[-1]["content"] for chats in kept_chats(store, ref) for chat in chats]
         for ref in store.head().experts
     }
     own = {name: texts for name, texts in own.items() if texts}

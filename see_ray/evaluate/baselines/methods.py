@@ -37,9 +37,9 @@ from see_ray.evaluate.baselines import routers
 from see_ray.evaluate.baselines import ssr as synthesis
 from see_ray.evaluate.baselines.experiment import Fit, Workbench
 from see_ray.evaluate.batch_inference import digest, write_json
-from see_ray.pipeline import MOST_KEPT
 from see_ray.routing.chain import GENERALIST, ChainEntry
 from see_ray.routing.replay import answered_by, margin
+from see_ray.store.expert_files import MOST_KEPT
 
 FULL_LEARNING_RATE = 3e-4
 """Of the full form: adapting every token of the prompt, it is unsteady at the activated form's rate."""

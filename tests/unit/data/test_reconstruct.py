@@ -213,6 +213,18 @@ def test_held_out_own_rows_are_not_fitted_on(build):
     assert not {tuple(ids) for _, ids in made.own} & {example.prompt for example in made.train}
 
 
+def test_held_out_examples_have_the_kind_of_their_source(build):
+    made = build(
+        instructed(),
+        earlier={"qa": ([], chats("qa", 2))},
+        general=chats("general", 20),
+        general_negatives=8,
+        mixed_negatives=4,
+    )
+    kinds = [example.kind for example in made.held_out]
+    assert kinds == ["accept"] * 8 + ["rehearsal"] * 2 + ["general"] * 4 + ["mixed"] * 2
+
+
 # --- draws ---------------------------------------------------------------------------------
 
 
