@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 from see_ray.config import BaseModelConfig, ReconstructConfig
 from see_ray.errors import ConfigError
 from see_ray.models.activation import user_turn_start
-from see_ray.models.base_model import BaseModel, cache_dir, load_model, load_tokenizer
+from see_ray.models.base_model import BaseModel, load_model, load_tokenizer
+from see_ray.models.cache import cache_dir, write_atomically
 
 Chat = list[dict[str, str]]
 
@@ -83,11 +83,8 @@ def general_cache(base: BaseModel, config: BaseModelConfig, seed: int) -> Path:
 
 
 def write_cache(path: Path, chats: Sequence[Chat]) -> None:
-    """Write general queries so that a reader sees all of them or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{random.getrandbits(32):08x}.tmp")
-    temporary.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
-    temporary.replace(path)
+    """Write general queries as JSONL; a reader finds all of them or none."""
+    write_atomically(path, "".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
 
 
 def sample_general(

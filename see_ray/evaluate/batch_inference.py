@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from see_ray.models.cache import write_atomically
 
 if TYPE_CHECKING:
     from see_ray.engine.engine import EmbeddedEngine
@@ -113,7 +114,4 @@ def digest(value: Any) -> str:
 
 def write_json(path: Path, body: Any) -> None:
     """Write a file that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(body, indent=1) + "\n")

@@ -32,7 +32,8 @@ from see_ray.evaluate.batch_inference import Asker, cached_by_prompt, digest
 from see_ray.evaluate.report import write_report
 from see_ray.evaluate.results import Result, summary
 from see_ray.models.activation import Activation, encode_prompt
-from see_ray.models.base_model import BaseModel, cache_dir, find, load_tokenizer
+from see_ray.models.base_model import BaseModel, find, load_tokenizer
+from see_ray.models.cache import cache_dir
 from see_ray.progress import Listener
 from see_ray.routing.chain import GENERALIST, ChainEntry
 from see_ray.routing.replay import answered_by, margin

@@ -34,7 +34,8 @@ from see_ray.errors import FitError, SeeError
 from see_ray.fit.checkpoint import Checkpoints
 from see_ray.fit.report import RESULT, Comparison, FitSummary, Progress
 from see_ray.models.activation import Activation
-from see_ray.models.base_model import BaseModel, cache_dir
+from see_ray.models.base_model import BaseModel
+from see_ray.models.cache import cache_dir
 
 CHANGES_NOTHING = frozenset({
     "num_workers", "placement_strategy", "accelerator_type", "resources_per_worker", "use_gpu", "cpus_per_worker",

@@ -96,7 +96,7 @@ class EngineHost:
     def _load(self, ref: ExpertRef) -> Manifest:
         """Raises FingerprintError if the expert was fitted on another base model, StoreError, ServingError."""
         from see_ray.engine.interface import Expert
-        from see_ray.models.base_model import cache_dir
+        from see_ray.models.cache import cache_dir
 
         store = ExpertStore.open(self._config.store.url)
         manifest = store.manifest(ref)

@@ -18,8 +18,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -31,6 +29,7 @@ from obstore.store import LocalStore, ObjectStore
 from pydantic import ValidationError
 
 from see_ray.errors import ConflictError, FingerprintError, LiveError, NotFoundError, StoreError
+from see_ray.models.cache import fill_atomically
 from see_ray.store.object_store import Objects, open_object_store, wrap_store_errors
 from see_ray.store.records import NAME_PATTERN, ExpertRef, ExpertSequence, Manifest, describe, digest, seal, unseal
 from see_ray.store.sequence_log import SequenceLog
@@ -162,21 +161,13 @@ class ExpertStore:
         return folder
 
     def _download(self, manifest: Manifest, folder: Path) -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-        try:
+        def fill(target: Path) -> None:
             for name in manifest.files:
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                self._objects.download(_path(manifest.ref, name), partial / name)
-            _verify(partial, manifest, f"{self.url}/{_path(manifest.ref)}")
-            partial.chmod(0o755)  # mkdtemp makes it readable for its owner only
-            try:
-                partial.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was first, with the same files
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                self._objects.download(_path(manifest.ref, name), target / name)
+            _verify(target, manifest, f"{self.url}/{_path(manifest.ref)}")
+
+        fill_atomically(folder, fill)
 
     def read_bytes(self, ref: ExpertRef, file: str) -> bytes:
         """One file of an expert, its digest verified. Raises NotFoundError if there is no such expert or file."""

@@ -23,7 +23,8 @@ from see_ray.cpus import available_cpus
 from see_ray.engine.interface import GenerateRequest, SamplingParams
 from see_ray.errors import ServingError
 from see_ray.models.activation import encode_prompt
-from see_ray.models.base_model import cache_dir, find, load_tokenizer
+from see_ray.models.base_model import find, load_tokenizer
+from see_ray.models.cache import cache_dir
 from see_ray.store.expert_store import ExpertStore
 
 MANY = 8
