@@ -73,7 +73,8 @@ def dtype_of(config: BaseModelConfig) -> torch.dtype:
     import torch
 
     if config.dtype != "auto":
-        return getattr(torch, config.dtype)
+        configured: torch.dtype = getattr(torch, config.dtype)
+        return configured
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     flags = torch.backends.cpu.get_cpu_capability()  # never fails, whatever the processor
