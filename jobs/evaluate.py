@@ -1,4 +1,4 @@
-"""`see eval` as a job, for `ray job submit -- python jobs/evaluate.py SOURCE… --store URL`; --help has its options."""
+"""`see eval` as a job: `ray job submit --working-dir . -- python jobs/evaluate.py SOURCE… --store URL`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Learn tasks one after another on a running cluster; what is live already is not learned again.
+"""Learn tasks one after another on a running cluster; tasks that are live already are passed over.
 
-So the same submission goes on after `ray job stop` or a crash: finished tasks are passed over, and a
-broken-off fit continues from its last checkpoint. Exit code 0 once every task is live.
+So the same submission continues after `ray job stop` or a crash: finished tasks are passed over, and an interrupted fit
+continues from its last checkpoint. Exit code 0 once every task is live.
 
     ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
         python jobs/learn.py s3://bucket/tickets.jsonl s3://bucket/dates.jsonl --store s3://bucket/experts
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from see_ray.cli.main import base_model_option, configured, run
+from see_ray.cli.options import base_model_option, configured
+from see_ray.cli.run import run
 
 if TYPE_CHECKING:
     from see_ray.config import Config
@@ -28,11 +29,12 @@ def main(config: Config, sources: tuple[str, ...], max_rows: int | None) -> None
     """Fit an expert on each SOURCE, in order, and make it live. See `see learn --help`."""
     from see_ray import cluster
     from see_ray.cli import render
+    from see_ray.cli.progress_bar import TerminalListener
     from see_ray.errors import LiveError
     from see_ray.pipeline import Source, learn
 
     cluster.check_submitted(config)
-    with render.TerminalListener() as listener:
+    with TerminalListener() as listener:
         cluster.connect()
         for source in sources:
             try:

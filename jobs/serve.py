@@ -1,11 +1,10 @@
-"""Start the endpoint on a running cluster; it stays up when this job has ended.
+"""Start the endpoint on a running cluster; it stays up after this job has ended. With --stop: take it down.
 
-Where it runs already nothing changes: the job says what is live, so it may be submitted again at any time.
-Exit code 0 once every expert of the store is live; a new one is picked up by the endpoint itself.
+If it runs already, the job only prints what is live, so it can be submitted again at any time. Exit code 0 once every
+expert of the store is live. The endpoint picks new experts up by itself.
 
     ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
         python jobs/serve.py --store s3://bucket/experts --host 0.0.0.0
-    (and with --stop: it is taken down)
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from see_ray.cli.main import base_model_option, configured, run
+from see_ray.cli.options import base_model_option, configured
+from see_ray.cli.run import run
 
 if TYPE_CHECKING:
     from see_ray.config import Config
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 def main(config: Config, stopping: bool) -> None:
     """Serve the live experts behind one OpenAI-compatible endpoint."""
     from see_ray import cluster
-    from see_ray.cli import render
+    from see_ray.cli.progress_bar import TerminalListener
     from see_ray.serving import endpoint
 
     cluster.check_submitted(config)
-    with render.TerminalListener() as listener:
+    with TerminalListener() as listener:
         cluster.connect()
         if stopping:
             return endpoint.stop()

@@ -1,11 +1,11 @@
-"""The HTTP client behind `see ask` and `see route`; it knows URLs and JSON, not experts.
+"""The HTTP client of the endpoint. It knows URLs and JSON, not experts.
 
     ask(url, "…")    -> the answer in pieces, as they arrive
     route(url, "…")  -> who would answer, and why
     ask_all, route_all: the same for many prompts, several at a time
     health(url)      -> what is live
 
-Whatever goes wrong comes out as a ServingError; what the endpoint refuses (HTTP 4xx) as a RequestError.
+Every failure is a ServingError; a request that the endpoint refuses (HTTP 4xx) is a RequestError.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Json = dict[str, Any]
 _T = TypeVar("_T")
 
 AT_ONCE = 8
-"""Requests of `ask_all` and `route_all` under way at the same time."""
+"""Concurrent requests of `ask_all` and `route_all`."""
 
-PATIENCE_S = 120.0
-"""Seconds for which `ask_all` and `route_all` come again while the endpoint is too busy."""
+RETRY_FOR_S = 120.0
+"""Seconds for which `ask_all` and `route_all` retry a request that is refused with 429."""
 
-CONNECT_S, SILENCE_S = 5.0, 600.0
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 600.0
 """Seconds to wait for a connection, and for the next piece of an answer."""
 
 
@@ -42,9 +42,9 @@ class Piece:
     """A piece of an answer.
 
     Attributes:
-        text: what it adds to the answer; may be empty.
-        trace: who answers and why (`chain.Trace.body`); the first piece has it.
-        finish_reason: `stop` or `length`; the last piece has it.
+        text: continues the answer; may be empty.
+        trace: who answers and why (`chain.Trace.body`); only in the first piece.
+        finish_reason: `stop` or `length`; only in the last piece.
     """
 
     text: str
@@ -62,16 +62,16 @@ def ask(
     api_key: str | None = None,
     stream: bool = True,
 ) -> Iterator[Piece]:
-    """Ask the endpoint at `url` and yield the answer: piece by piece, or whole without `stream`.
+    """Yield the endpoint's answer to one user message: piece by piece, or as a single piece if not `stream`.
 
     Raises:
-        RequestError: the endpoint refuses the request; the message is its own.
+        RequestError: the endpoint refuses the request, with its message.
         ServingError: there is no endpoint, it failed, or the answer broke off.
     """
     body = {"model": model, "messages": _chat(prompt), "stream": stream}
     limits = {"max_tokens": max_tokens, "temperature": temperature}
     body |= {field: value for field, value in limits.items() if value is not None}
-    with _connected(url, api_key) as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+    with _http_client(url, api_key) as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
         _check(response)
         if not stream:
             response.read()
@@ -85,8 +85,8 @@ def ask(
 
 
 def route(url: str, prompt: str, *, api_key: str | None = None) -> Json:
-    """Who would answer `prompt`: the body of `POST /v1/route`, its trace under `see`. Raises as :func:`ask` does."""
-    with _connected(url, api_key) as client:
+    """The body of `POST /v1/route`: who would answer `prompt`, as a trace under `see`. Raises as :func:`ask` does."""
+    with _http_client(url, api_key) as client:
         response = client.post("/v1/route", json={"model": "see", "messages": _chat(prompt)})
         _check(response)
         return _json(response)
@@ -100,46 +100,48 @@ def ask_all(
     max_tokens: int | None = None,
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[tuple[str, str]]:
-    """Ask many prompts greedily, `AT_ONCE` at a time; gives (answer, who answered) of each."""
+    """Greedy answers to many prompts, `AT_ONCE` at a time, as (answer, answered by)."""
 
-    def one(prompt: str) -> tuple[str, str]:
+    def send(prompt: str) -> tuple[str, str]:
         pieces = list(ask(url, prompt, model=model, max_tokens=max_tokens, temperature=0))
         trace = next(piece.trace for piece in pieces if piece.trace)
         return "".join(piece.text for piece in pieces), trace["answered_by"]
 
-    return _together(one, prompts, on_done)
+    return _send_all(send, prompts, on_done)
 
 
 def route_all(
     url: str, prompts: Sequence[str], *, on_done: Callable[[int, int], None] = lambda done, total: None
 ) -> list[str]:
     """Who would answer each of many prompts, `AT_ONCE` at a time."""
-    return _together(lambda prompt: str(route(url, prompt)["see"]["answered_by"]), prompts, on_done)
+    return _send_all(lambda prompt: str(route(url, prompt)["see"]["answered_by"]), prompts, on_done)
 
 
-def _together(one: Callable[[str], _T], prompts: Sequence[str], on_done: Callable[[int, int], None]) -> list[_T]:
-    def patiently(prompt: str) -> _T:
-        until = time.monotonic() + PATIENCE_S
+def _send_all(send: Callable[[str], _T], prompts: Sequence[str], on_done: Callable[[int, int], None]) -> list[_T]:
+    """`send` each prompt on a thread; results in the order of the prompts."""
+
+    def send_with_retry(prompt: str) -> _T:
+        deadline = time.monotonic() + RETRY_FOR_S
         while True:
             try:
-                return one(prompt)
-            except RequestError as error:  # the endpoint says when to come again
-                if error.status != 429 or error.retry_after_s is None or time.monotonic() > until:
+                return send(prompt)
+            except RequestError as error:
+                if error.status != 429 or error.retry_after_s is None or time.monotonic() > deadline:
                     raise
                 time.sleep(error.retry_after_s)
 
-    done: list[_T] = []
+    results: list[_T] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for answer in pool.map(patiently, prompts):
-            done.append(answer)
-            on_done(len(done), len(prompts))
-    return done
+        for result in pool.map(send_with_retry, prompts):
+            results.append(result)
+            on_done(len(results), len(prompts))
+    return results
 
 
 def health(url: str, patience_s: float = 10.0) -> Json:
-    """The body of `GET /health`, asked again for `patience_s` seconds while the endpoint is starting."""
+    """The body of `GET /health`, retried for `patience_s` seconds while the endpoint is starting."""
     deadline = time.monotonic() + patience_s
-    with _connected(url) as client:
+    with _http_client(url) as client:
         while (response := client.get("/health")).status_code == 503 and time.monotonic() < deadline:
             time.sleep(0.2)
         _check(response)
@@ -153,16 +155,16 @@ def _chat(prompt: str) -> list[dict[str, str]]:
 
 
 @contextmanager
-def _connected(url: str, api_key: str | None = None) -> Iterator[httpx.Client]:
-    """A client of the endpoint; what fails inside the block becomes a ServingError."""
+def _http_client(url: str, api_key: str | None = None) -> Iterator[httpx.Client]:
+    """An httpx client of the endpoint; errors of httpx inside the block become a ServingError."""
     base = url.rstrip("/").removesuffix("/v1")
     key = (api_key or "").strip().encode("utf-8", "surrogateescape")
     try:
         with httpx.Client(
             base_url=base,
             headers={b"Authorization": b"Bearer " + key} if key else None,
-            timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
-            trust_env=not _is_this_machine(base),  # a proxy of the environment leads away from here
+            timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            trust_env=not _is_this_machine(base),  # a proxy cannot reach loopback
         ) as client:
             yield client
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -170,7 +172,7 @@ def _connected(url: str, api_key: str | None = None) -> Iterator[httpx.Client]:
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise ServingError(f"cannot use the URL {url} ({error}); write it as http://host:port") from error
     except httpx.TimeoutException as error:
-        raise ServingError(f"{url} sent nothing for {SILENCE_S:.0f} s; see the log of `see serve`") from error
+        raise ServingError(f"{url} sent nothing for {READ_TIMEOUT_S:.0f} s; see the log of `see serve`") from error
     except httpx.TransportError as error:
         raise ServingError(f"the connection to {url} broke off: {error or type(error).__name__}") from error
 
@@ -184,25 +186,31 @@ def _is_this_machine(url: str) -> bool:
 
 
 def _check(response: httpx.Response) -> None:
-    """Raise what an HTTP error says."""
+    """Raise the error of a response that is one."""
     if response.is_success:
         return
     response.read()
     try:
         error = json.loads(response.content)["error"]
         message = str(error["message"])
-    except (ValueError, KeyError, TypeError) as unknown:
-        found = f"{response.status_code} {response.reason_phrase}: {' '.join(response.text.split())[:200]}"
-        raise ServingError(f"{response.url} answered {found.strip(': ')}; is that the URL of `see serve`?") from unknown
+    except (ValueError, KeyError, TypeError) as not_openai:
+        summary = f"{response.status_code} {response.reason_phrase}: {' '.join(response.text.split())[:200]}"
+        raise ServingError(
+            f"{response.url} answered {summary.strip(': ')}; is that the URL of `see serve`?"
+        ) from not_openai
     if response.status_code >= 500:
         raise ServingError(message)
     if response.status_code == 401:
         message += "; give --api-key or set SEE_API_KEY"
-    again = response.headers.get("retry-after", "")
+    retry_after = response.headers.get("retry-after", "")
     raise RequestError(
-        message, response.status_code, str(error.get("type")), error.get("param"), error.get("code"),
-        int(again) if again.isdigit() else None,
-    )  # fmt: skip
+        message,
+        status=response.status_code,
+        type=str(error.get("type")),
+        param=error.get("param"),
+        code=error.get("code"),
+        retry_after_s=int(retry_after) if retry_after.isdigit() else None,
+    )
 
 
 def _json(response: httpx.Response) -> Json:
@@ -216,7 +224,7 @@ def _json(response: httpx.Response) -> Json:
 
 
 def _events(response: httpx.Response) -> Iterator[Json]:
-    """The JSON of each server-sent event, up to `[DONE]`; an error among them is raised."""
+    """The JSON of each server-sent event up to `[DONE]`; raises an error event."""
     for line in response.iter_lines():
         if not line.startswith("data:"):
             continue
@@ -273,10 +281,8 @@ class Client:
             max_tokens: most tokens of the answer; the endpoint's default if None.
             temperature: of sampling; the endpoint's default if None.
         """
-        (piece,) = ask(
-            self.url, prompt, model=model, max_tokens=max_tokens, temperature=temperature,
-            api_key=self._api_key, stream=False,
-        )  # fmt: skip
+        sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+        (piece,) = ask(self.url, prompt, model=model, api_key=self._api_key, stream=False, **sampling)
         trace = piece.trace or {}
         return Answer(piece.text, str(trace.get("answered_by")), piece.finish_reason or "stop", trace)
 

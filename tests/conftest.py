@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,10 @@ from typing import Any
 
 import pytest
 
+from see_ray.cli.main import main
 from see_ray.data.demo_tasks import DemoTask, demo_tasks, general_questions
+
+ROOT = Path(__file__).parents[1]
 
 SETTINGS = [
     "base_model.dtype=float32",
@@ -40,6 +45,39 @@ if os.environ.get("SEE_TEST_ENGINE") == "vllm":
         "serve.vllm={experts: 2, max_rank: 8, kv_cache_memory_bytes: 400000000, max_num_seqs: 16}",
         "serve.max_wait_s=60",
     ]
+
+
+@pytest.fixture
+def see(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `see` in this process; gives exit code, stdout and stderr."""
+
+    def run(*args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(list(args))
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        code = ended.value.code
+        assert code is None or isinstance(code, int)
+        return code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def see_process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `see` in a process of its own."""
+
+    def run(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from see_ray.cli.main import main; main()", *args]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False, **options)
+
+    return run
+
+
+@pytest.fixture
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
 
 
 @pytest.fixture(scope="session")

@@ -1,32 +1,34 @@
-"""How fast an expert is fitted, beside what a user would pick instead.
+"""How fast an expert is fitted, beside Hugging Face Trainer with PEFT.
 
-On the same rows, base model, LoRA rank and targets, batch and epochs, in float32 or whatever the base model
-computes in, run one after another and in turns:
+On the same rows, base model, LoRA rank and targets, batch size, epochs and number type, in turns:
 
     hf_trainer   Hugging Face Trainer with a PEFT LoRA, loss on the response only
     full         see_ray's full form: Ray Train, DeepSpeed, no padding
-    activated    see_ray's activated form: Ray Train, DeepSpeed, prefixes read once
-    bare         the activated form's steps in a plain PyTorch loop, for the cost of Ray Train and DeepSpeed
+_ray's activated form: Ray Train, DeepSpeed, each prefix computed once
+    bare         the activated form's steps in a plain PyTorch loop: what Ray Train and DeepSpeed cost
 
-Times are those of prefixes and steps; starting processes is named apart. Prints a table; --out writes JSON.
+Times are those of prefixes and steps; starting processes is listed apart. Prints a table; --out writes JSON.
 
     python jobs/benchmarks/fit.py --data DATA --tasks qa,sum,pe --out bench_fit.json
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+from bench_options import Names, data_option, out_option, settings_option, write_json
 
 from see_ray import cluster
-from see_ray.cli.render import TerminalListener, table
+from see_ray.cli.progress_bar import TerminalListener
+from see_ray.cli.render import table
+from see_ray.cli.run import run
 from see_ray.config import Config, load_config
 from see_ray.cpus import available_cpus
 from see_ray.data.reconstruct import Example
@@ -36,38 +38,50 @@ from see_ray.fit.launch import fit_expert
 from see_ray.models.activation import activation_of
 from see_ray.models.base_model import BaseModel, find, load_tokenizer
 
-Times = dict[str, float]
+Seconds = dict[str, float]
+
+KINDS = ("hf_trainer", "full", "activated", "bare")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command line."""
+
+    tasks: list[str]
+    rows: int
+    epochs: int
+    repeats: int
+    kinds: list[str]
 
 
 @click.command()
-@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the tasks.")
-@click.option("--tasks", default="qa,sum,pe", show_default=True, help="NAME.train.jsonl files in it.")
+@data_option()
+@click.option("--tasks", type=Names(), default="qa,sum,pe", show_default=True, help="Names of tasks.")
 @click.option("--rows", default=32, show_default=True, help="Rows of each task.")
-@click.option("--epochs", default=3, show_default=True, help="Passes over them.")
+@click.option("--epochs", default=3, show_default=True, help="Epochs of each fit.")
 @click.option("--repeats", default=3, show_default=True, help="Runs of each kind; the table has medians.")
-@click.option("--kinds", default="hf_trainer,full,activated,bare", show_default=True, help="What to run.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
-@click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="A setting.")
-def main(
-    data: Path, tasks: str, rows: int, epochs: int, repeats: int, kinds: str, out: Path | None, settings: list[str]
-) -> None:
-    config = load_config(None, ["fit.train_batch_size=8", f"fit.num_train_epochs={epochs}", *settings])
+@click.option("--kinds", type=Names(), default=",".join(KINDS), show_default=True, help="What to run.")
+@out_option
+@settings_option
+def main(data: Path, out: Path | None, settings: tuple[str, ...], **options: Any) -> None:
+    """Measure the tokens a second of a fit."""
+    chosen = Options(**options)
+    config = load_config(None, ["fit.train_batch_size=8", f"fit.num_train_epochs={chosen.epochs}", *settings])
     cluster.connect()
     base = find(config.base_model)
     report: dict[str, Any] = {}
     with TerminalListener() as listener:
-        for name in tasks.split(","):
-            examples = accept_examples(data / f"{name}.train.jsonl", rows, base, config)
-            runs: dict[str, list[Times]] = defaultdict(list)
-            for repeat in range(repeats):
-                for kind in kinds.split(","):
-                    listener.step(f"{name}: {kind}, run {repeat + 1} of {repeats}")
-                    runs[kind].append(run(kind, examples, base, config))
+        for name in chosen.tasks:
+            examples = accept_examples(data / f"{name}.train.jsonl", chosen.rows, base, config)
+            runs: dict[str, list[Seconds]] = defaultdict(list)
+            for repeat in range(chosen.repeats):
+                for kind in chosen.kinds:
+                    listener.step(f"{name}: {kind}, run {repeat + 1} of {chosen.repeats}")
+                    runs[kind].append(fit_once(kind, examples, base, config))
                     listener.note(", ".join(f"{what} {value:.1f}" for what, value in runs[kind][-1].items()))
-            report[name] = summarized(runs, examples, epochs)
-            if out:
-                out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(as_table(report))
+            report[name] = summarize(runs, examples, chosen.epochs)
+            write_json(report, out)
+    click.echo(as_table(report))
 
 
 def accept_examples(path: Path, rows: int, base: BaseModel, config: Config) -> list[Example]:
@@ -78,26 +92,26 @@ def accept_examples(path: Path, rows: int, base: BaseModel, config: Config) -> l
     return [accept_example(row, tokenizer, activation) for row in task.train]
 
 
-def run(kind: str, examples: list[Example], base: BaseModel, config: Config) -> Times:
-    """One run; seconds of fitting, and of everything before it."""
+def fit_once(kind: str, examples: list[Example], base: BaseModel, config: Config) -> Seconds:
+    """One run of a kind: `seconds` of fitting, `start_seconds` of everything else."""
     import ray
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     if kind in ("full", "activated"):
         fit = config.fit.model_copy(update={"form": kind, "eval_every_steps": 1 << 20})
         activation = activation_of(load_tokenizer(base), config.base_model, fit)
         with tempfile.TemporaryDirectory() as folder:
-            made = fit_expert(examples, base, activation, config.base_model, fit, Path(folder), name=f"bench-{kind}")
-        seconds = made.summary.seconds
+            fitted = fit_expert(examples, base, activation, config.base_model, fit, Path(folder), name=f"bench-{kind}")
+        seconds = fitted.summary.seconds
     else:
-        work = {"hf_trainer": hf_trainer, "bare": bare_loop}[kind]
-        remote = ray.remote(num_cpus=config.fit.cpus_per_worker, max_calls=1)(work)  # a process of its own each time
+        function = {"hf_trainer": hf_trainer, "bare": bare_loop}[kind]
+        remote = ray.remote(num_cpus=config.fit.cpus_per_worker, max_calls=1)(function)  # a new process for each run
         seconds = ray.get(remote.remote(examples, config))
-    return {"seconds": seconds, "start_seconds": time.perf_counter() - began - seconds}
+    return {"seconds": seconds, "start_seconds": time.perf_counter() - started - seconds}
 
 
 def hf_trainer(examples: list[Example], config: Config) -> float:
-    """Hugging Face Trainer and PEFT, as their documentation has it."""
+    """Seconds of Hugging Face Trainer with PEFT, used as in their documentation."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -118,11 +132,19 @@ def hf_trainer(examples: list[Example], config: Config) -> float:
         tokenizer.pad_token = tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=fit.train_batch_size, learning_rate=fit.learning_rate,
-            num_train_epochs=fit.num_train_epochs, warmup_steps=1, lr_scheduler_type="cosine",
-            max_grad_norm=fit.max_grad_norm, save_strategy="no", report_to=[], disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=fit.train_batch_size,
+            learning_rate=fit.learning_rate,
+            num_train_epochs=fit.num_train_epochs,
+            warmup_steps=1,
+            lr_scheduler_type="cosine",
+            max_grad_norm=fit.max_grad_norm,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
         trainer = Trainer(
             model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)
         )
@@ -130,7 +152,7 @@ def hf_trainer(examples: list[Example], config: Config) -> float:
 
 
 def bare_loop(examples: list[Example], config: Config) -> float:
-    """The activated form's prefixes and steps with PyTorch alone."""
+    """Seconds of the activated form's prefixes and steps, with PyTorch alone."""
     import torch
 
     from see_ray.fit.local import fit_here
@@ -144,7 +166,8 @@ def bare_loop(examples: list[Example], config: Config) -> float:
         return fit_here(examples, model, base, activation, config.fit, Path(folder)).seconds
 
 
-def summarized(runs: dict[str, list[Times]], examples: list[Example], epochs: int) -> dict[str, Any]:
+def summarize(runs: dict[str, list[Seconds]], examples: list[Example], epochs: int) -> dict[str, Any]:
+    """Tokens a second of each kind, medians, and their ratios."""
     tokens = epochs * sum(len(example.prompt) + len(example.target) for example in examples)
     seconds = {kind: statistics.median(run["seconds"] for run in times) for kind, times in runs.items()}
     rates = {kind: round(tokens / value, 1) for kind, value in seconds.items()}
@@ -168,28 +191,22 @@ def summarized(runs: dict[str, list[Times]], examples: list[Example], epochs: in
 
 
 def as_table(report: dict[str, Any]) -> str:
+    """A row for each task."""
     kinds = list(next(iter(report.values()))["tokens_per_s"])
-    head = [
-        "task",
-        "prompt",
-        "response",
-        *(f"{kind} tokens/s" for kind in kinds),
-        "activated/hf",
-        "full/hf",
-        "act./bare",
-    ]
+    rates = [f"{kind} tokens/s" for kind in kinds]
+    head = ["task", "prompt", "response", *rates, "activated/hf", "full/hf", "act./bare"]
     rows = [
         [
             name,
-            f"{made['prompt_tokens']:.0f}",
-            f"{made['response_tokens']:.0f}",
-            *(f"{made['tokens_per_s'][kind]:.0f}" for kind in kinds),
-            *("" if ratio is None else f"{ratio:.2f}" for ratio in made["ratios"].values()),
+            f"{task['prompt_tokens']:.0f}",
+            f"{task['response_tokens']:.0f}",
+            *(f"{task['tokens_per_s'][kind]:.0f}" for kind in kinds),
+            *("" if ratio is None else f"{ratio:.2f}" for ratio in task["ratios"].values()),
         ]
-        for name, made in report.items()
+        for name, task in report.items()
     ]
     return table(head, rows)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -60,9 +60,9 @@ from random_llama import (
 from see_ray.config import BaseModelConfig
 from see_ray.engine.engine import EmbeddedEngine
 from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams
-from see_ray.fit.rank_batches import bytes_per_token
 from see_ray.models.activation import p_accept
 from see_ray.models.base_model import BaseModel
+from see_ray.models.prefix_kv import kv_bytes_per_token
 
 Cell = dict[str, Any]
 Act = Callable[[], Awaitable[Any]]
@@ -187,8 +187,8 @@ class Bench:
         self._read = self._weights - (
             0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
         )
-        self._kv = bytes_per_token(model, model.dtype)
-        with mock.patch("see_ray.engine.engine.load_model", return_value=model):
+        self._kv = kv_bytes_per_token(model, model.dtype)
+        with mock.patch("see_ray.engine.model_runner.load_model", return_value=model):
             base = BaseModel("random", folder, "")
             self._engine = EmbeddedEngine(
                 base, BaseModelConfig(), kv_gb=KV_GB, max_num_batched_tokens=max_num_batched_tokens
@@ -278,7 +278,7 @@ class Bench:
         ways: dict[str, Act] = {"experts": partial(ours, experts), "base": partial(ours, [None]), "generate": generate}
         seconds = asyncio.run(self._run.seconds(ways))
         seconds["limit"] = self._read / (self._run.report["setup"]["copy_gb_per_s"] * 1e9)
-        slots = round(self._engine.figures()["kv_tokens_reserved"] * self._kv / 1e9, 3)
+        slots = round(self._engine.stats()["kv_cache_allocated_tokens"] * self._kv / 1e9, 3)
         return {f"{kind}_per_s": round(rows / each, 1) for kind, each in seconds.items()} | {"kv_slots_gb": slots}
 
     def _prompt(self, length: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Load profiles against scaling policies, on a cluster of this machine whose nodes come and go.
 
-The real Ray autoscaler with processes as nodes, on an address of its own; the experts of a store that exists.
-Leaves CSV, pictures and summary.json in --out, and prints a table. What came of it: docs/autoscaling.md.
+The real Ray autoscaler with processes as nodes; the experts of an existing store. Writes CSV, plots and summary.json to
+--out, and prints a table. Results: docs/autoscaling.md.
 
     python jobs/experiments/autoscale.py --store EXPERTS --profiles step,spike:40,step@skewed --out autoscale
 """
@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from see_ray.cli.main import configured, run
+from see_ray.cli.options import configured
+from see_ray.cli.run import run
 
 if TYPE_CHECKING:
     from see_ray.config import Config
 
-DEFAULT = "step,ramp,spike:40,diurnal,idle,step@skewed,steady+learn"
+PROFILES = "step,ramp,spike:40,diurnal,idle,step@skewed,steady+learn"
 
 
 @click.command()
-@click.option("--profiles", default=DEFAULT, show_default=True, help="NAME[:PEAK][@skewed or @EXPERT][+learn].")
-@click.option("--topologies", default="per_expert,shared", show_default=True, help="What is served.")
-@click.option("--policies", default="fixed,quick", show_default=True, help="How it may scale; also steady, zero.")
+@click.option("--profiles", default=PROFILES, show_default=True, help="NAME[:PEAK][@skewed or @EXPERT][+learn].")
+@click.option("--topologies", default="per_expert,shared", show_default=True, help="Values of serve.topology.")
+@click.option("--policies", default="fixed,quick", show_default=True, help="Scaling policies; also steady, zero.")
 @click.option("--base", default=0.5, show_default=True, help="Lowest load, requests a second.")
 @click.option("--peak", default=4.0, show_default=True, help="Highest load, requests a second.")
 @click.option("--seconds", default=60.0, show_default=True, help="Length of each profile.")
@@ -34,16 +35,17 @@ DEFAULT = "step,ramp,spike:40,diurnal,idle,step@skewed,steady+learn"
 @configured
 def main(config: Config, profiles: str, topologies: str, policies: str, **size: Any) -> None:
     """Run every profile at every topology and policy."""
-    from loadtest.experiment import POLICIES, Scene, experiment
-    from loadtest.report import as_table
+    from loadtest.experiment import Experiment, run_experiment
+    from loadtest.report import summary_table
+    from loadtest.scenario import POLICIES, Scenario
 
-    from see_ray.cli.render import TerminalListener
+    from see_ray.cli.progress_bar import TerminalListener
 
-    chosen = [POLICIES[name] for name in policies.split(",")]
-    scenes = [Scene.of(text) for text in profiles.split(",")]
+    scaling = [POLICIES[name] for name in policies.split(",")]
+    load = [Scenario.parse(text) for text in profiles.split(",")]
     with TerminalListener() as listener:
-        done = experiment(config, topologies.split(","), chosen, scenes, listener=listener, **size)
-    print(as_table(done))
+        summaries = run_experiment(config, Experiment(**size), topologies.split(","), scaling, load, listener)
+    click.echo(summary_table(summaries))
 
 
 if __name__ == "__main__":

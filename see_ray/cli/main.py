@@ -1,103 +1,30 @@
-"""The command `see`. Commands parse, call one function and print; what they print is made in `terminal`.
+"""The command `see`. A command parses, calls one function and prints; `render` makes the text of its result.
 
-Only click and the standard library are imported up here, so that `see --help` answers at once.
+Only click and the standard library are imported at module level, so that `see --help` answers at once.
 Results go to stdout; progress, traces and errors to stderr.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from see_ray.errors import BadRowsError, SeeError
+from see_ray.cli.experts import experts
+from see_ray.cli.options import asking, base_model_option, configured, json_option
+from see_ray.cli.run import run
 
 if TYPE_CHECKING:
     from see_ray.config import Config
-    from see_ray.store.expert_store import ExpertStore
-    from see_ray.store.records import ExpertSequence
-
-SETTINGS = {
-    "store": "store.url",
-    "base_model": "base_model.name",
-    "host": "serve.host",
-    "port": "serve.port",
-    "lookahead": "serve.lookahead",
-    "no_auth": "serve.no_auth",
-}
-"""Options that are short for a `--set`."""
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     run(see, args, "see")
-
-
-def run(command: click.Command, args: list[str] | None = None, name: str | None = None) -> None:
-    """Run a command. An error that users can meet is one line and exit code 1, Ctrl-C is 130."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # where the terminal has no such character
-    try:
-        sys.exit(command.main(args, prog_name=name, standalone_mode=False))
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.Abort:
-        click.echo("interrupted", err=True)
-        sys.exit(130)
-    except SeeError as error:
-        if os.environ.get("SEE_DEBUG") == "1":
-            raise
-        # Bad rows are listed one a line; what came from another program's message is put on one.
-        text = str(error) if isinstance(error, BadRowsError) else " ".join(str(error).split("\n"))
-        click.echo(f"error: {text}", err=True)
-        sys.exit(1)
-
-
-def configured(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that make its `config`."""
-    change = "Change one setting, such as fit.r=32; the value is YAML. Repeatable; wins over the file."
-
-    @click.option("--config", "file", metavar="FILE", help="YAML file of settings. [default: none, all defaults]")
-    @click.option("--set", "changes", metavar="SECTION.FIELD=VALUE", multiple=True, help=change)
-    @click.option("--store", metavar="URL", help="A folder, s3://…, gs://… or az://…. [store.url: ./experts]")
-    @functools.wraps(command)
-    def with_config(file: str | None, changes: tuple[str, ...], **options: Any) -> None:
-        from see_ray.config import load_config
-
-        given = {setting: options.pop(name, None) for name, setting in SETTINGS.items()}
-        # As JSON, lest YAML take a name for a number.
-        short = [f"{setting}={json.dumps(v, ensure_ascii=False)}" for setting, v in given.items() if v is not None]
-        command(config=load_config(file, [*changes, *short]), **options)
-
-    return with_config
-
-
-def asking(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a prompt, and the options that say which endpoint to ask."""
-
-    @click.argument("prompt")
-    @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The endpoint.")
-    @click.option("--api-key", envvar="SEE_API_KEY", help="Key that the endpoint asks for. [$SEE_API_KEY]")
-    @functools.wraps(command)
-    def with_prompt(prompt: str, **options: Any) -> None:
-        if prompt == "-":
-            prompt = sys.stdin.buffer.read().decode("utf-8", "replace").rstrip("\n")
-        command(prompt=prompt, **options)
-
-    return with_prompt
-
-
-base_model_option = click.option("--base-model", help="Id, folder or .gguf file. [base_model.name: embedded]")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -132,9 +59,10 @@ def learn(config: Config, replace: bool, force: bool, dry_run: bool, **source: A
     """
     from see_ray import cluster, pipeline
     from see_ray.cli import render
+    from see_ray.cli.progress_bar import TerminalListener
 
     task = pipeline.Source(**source)
-    with render.TerminalListener() as listener:
+    with TerminalListener() as listener:
         listener.step("Connecting to Ray")
         cluster.connect()
         if dry_run:
@@ -152,7 +80,7 @@ def learn(config: Config, replace: bool, force: bool, dry_run: bool, **source: A
 def demo(rows: int, folder: str) -> None:
     """Learn three small tasks, and ask the endpoint."""
     from see_ray.cli.demo import run_demo
-    from see_ray.cli.render import TerminalListener
+    from see_ray.cli.progress_bar import TerminalListener
 
     with TerminalListener() as listener:
         sys.exit(run_demo(Path(folder), rows, listener))
@@ -175,11 +103,11 @@ def evaluate(config: Config, out: str, metrics: tuple[str, ...], **wish: Any) ->
     report.md, report.json and pictures; the same command goes on after an interruption.
     """
     from see_ray import cluster
-    from see_ray.cli import render
+    from see_ray.cli.progress_bar import TerminalListener
     from see_ray.evaluate.live_store import EvalConfig, report
 
     named = tuple((task, kind) for task, _, kind in (metric.partition("=") for metric in metrics))
-    with render.TerminalListener() as listener:
+    with TerminalListener() as listener:
         listener.step("Connecting to Ray")
         cluster.connect()
         text = report(EvalConfig(metrics=named, **wish), config, Path(out), listener)
@@ -204,10 +132,11 @@ def serve(config: Config) -> None:
     """
     from see_ray import client, cluster
     from see_ray.cli import render
+    from see_ray.cli.progress_bar import TerminalListener
     from see_ray.serving.endpoint import check_exposure, start, stop
 
     keys = check_exposure(config)
-    with render.TerminalListener() as listener:
+    with TerminalListener() as listener:
         listener.step("Connecting to Ray")
         cluster.connect()
         listener.step("Starting the endpoint")
@@ -251,88 +180,7 @@ def route(url: str, prompt: str, api_key: str | None, as_json: bool) -> None:
     from see_ray.cli import render
 
     body = client.route(url, prompt, api_key=api_key)
-    click.echo(_json(body) if as_json else render.trace_text(body["see"]))
+    click.echo(render.as_json_text(body) if as_json else render.trace_text(body["see"]))
 
 
-# --- the expert store -------------------------------------------------------------------------
-
-
-@see.group()
-def experts() -> None:
-    """List experts, and change which are live."""
-
-
-@experts.command("list")
-@configured
-@json_option
-def list_experts(config: Config, as_json: bool) -> None:
-    """Live experts in the order asked, then stored ones."""
-    from see_ray.cli.render import expert_table
-
-    store = _store(config)
-    head = store.head()
-    live = [store.manifest(ref) for ref in head.newest_first()]
-    stored = [manifest for manifest in reversed(store.experts()) if manifest.ref not in head.experts]
-    if as_json:
-        bodies = [m.model_dump(mode="json") | {"live": m in live} for m in (*live, *stored)]
-        click.echo(_json({"sequence_version": head.version, "experts": bodies}))
-    else:
-        click.echo(expert_table(store.url, head, live, stored))
-
-
-@experts.command()
-@click.argument("expert", metavar="NAME[@VERSION]")
-@configured
-@json_option
-def show(config: Config, expert: str, as_json: bool) -> None:
-    """The manifest of one expert: that version, else the live one."""
-    from see_ray.cli.render import manifest_text
-
-    store = _store(config)
-    manifest, head = store.manifest(store.resolve(expert)), store.head()
-    if as_json:
-        click.echo(_json(manifest.model_dump(mode="json") | {"live": manifest.ref in head.experts}))
-    else:
-        click.echo(manifest_text(manifest, head))
-
-
-@experts.command()
-@click.argument("name")
-@configured
-def remove(config: Config, name: str) -> None:
-    """Take an expert out of the live sequence; its files stay."""
-    _print_change(_store(config).remove(name))
-
-
-@experts.command()
-@click.argument("version", type=click.IntRange(min=0))
-@configured
-def rollback(config: Config, version: int) -> None:
-    """Make the experts of VERSION live again, as a new version."""
-    _print_change(_store(config).roll_back(version))
-
-
-@experts.command()
-@configured
-@json_option
-def history(config: Config, as_json: bool) -> None:
-    """All versions of the sequence; the last is live."""
-    from see_ray.cli.render import history_table
-
-    versions = _store(config).history()
-    click.echo(_json([v.model_dump(mode="json") for v in versions]) if as_json else history_table(versions))
-
-
-def _store(config: Config) -> ExpertStore:
-    from see_ray.store.expert_store import ExpertStore
-
-    return ExpertStore.open(config.store.url)
-
-
-def _print_change(sequence: ExpertSequence) -> None:
-    live = ", ".join(ref.id for ref in sequence.newest_first()) or "none, only the generalist"
-    click.echo(f"sequence version {sequence.version}: {sequence.change}; live: {live}")
-
-
-def _json(body: Any) -> str:
-    return json.dumps(body, indent=2, ensure_ascii=False)
+see.add_command(experts)

@@ -1,208 +1,67 @@
-"""What people see in a terminal: how learning goes, and results as text.
-
-:class:`TerminalListener` writes to stderr: a bar that moves where that is a terminal, plain lines
-in a log. The functions below it make text of other modules' results; they know nothing of commands.
-"""
+"""Results as text: tables and summaries that the commands and the jobs print. It knows nothing of commands."""
 
 from __future__ import annotations
 
-import sys
-import threading
-import time
+import io
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import zip_longest
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.table import Table
 from rich.text import Text
 
 from see_ray.data.reconstruct import KINDS, Example, render
-from see_ray.models.activation import Activation
-from see_ray.pipeline import Learned, Prepared
-from see_ray.progress import Listener
-from see_ray.store.records import ExpertSequence, Manifest
 
 if TYPE_CHECKING:
     from see_ray.client import Piece
-
-PLAIN_EVERY_S = 10.0
-"""Seconds between two lines about the same thing in a log."""
+    from see_ray.models.activation import Activation
+    from see_ray.pipeline import Learned, Prepared
+    from see_ray.store.records import ExpertSequence, Manifest
 
 SHOWN_PROMPT = 800
 """Characters of a prompt that :func:`print_prepared` shows."""
 
 
-class TerminalListener(Listener):
-    """Shows how learning goes; leaves the terminal clean at the end of its `with` block.
-
-    Threads may call it. On a terminal the current step has a bar, and what is finished stays as a
-    line above it; elsewhere there are only lines: each step once, progress at most every
-    :data:`PLAIN_EVERY_S` seconds and at its end.
-
-    Args:
-        stream: where to write; stderr where None.
-    """
-
-    def __init__(self, stream: IO[str] | None = None):
-        stream = stream or sys.stderr
-        self._lock = threading.RLock()
-        self._phase: _Phase | None = None
-        self._bar: _Bar | None = None
-        self._console = Console(file=stream, highlight=False, markup=False, emoji=False)
-        if stream.isatty() and self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._bar = _Bar(self._console)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self._lock:
-            self._end_phase()
-            if self._bar:
-                self._bar.hide()
-
-    def step(self, title: str) -> None:
-        """A step begins: its title stays as a line."""
-        with self._lock:
-            self._end_phase()
-            self._line(title)
-            if self._bar:
-                self._bar.show()
-
-    def note(self, text: str) -> None:
-        """A line of its own."""
-        with self._lock:
-            self._line(f"  note: {text}")
-
-    def progress(self, title: str, done: int, total: int, detail: str = "") -> None:
-        """How far the step is; another title ends what was in progress."""
-        with self._lock:
-            if self._phase is None or self._phase.title != title:
-                self._end_phase()
-                self._phase = _Phase(title)
-            phase = self._phase
-            phase.done, phase.total, phase.detail = done, total, detail.strip(", ")
-            if self._bar:
-                self._bar.show(phase)
-            elif phase.is_due():
-                self._line(phase.line())
-
-    def _end_phase(self) -> None:
-        """What was in progress stays as a line, unless that line is there already or says nothing."""
-        if self._phase and self._phase.is_news():
-            self._line(self._phase.line())
-        self._phase = None
-
-    def _line(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
-
-
-@dataclass(eq=False)
-class _Phase:
-    """Something in progress."""
-
-    title: str
-    done: int = 0
-    total: int = 0
-    detail: str = ""
-    started: float = field(default_factory=time.monotonic)
-    written: tuple[float, int] | None = None
-    """When its last line was written, and what was done then."""
-
-    def is_due(self) -> bool:
-        """For a log: it is at its end, or the last line about it is old."""
-        if self.is_news() and self.done >= self.total:
-            return True
-        return time.monotonic() - (self.written[0] if self.written else self.started) >= PLAIN_EVERY_S
-
-    def is_news(self) -> bool:
-        return self.total > 1 and (self.written is None or self.written[1] != self.done)
-
-    def line(self) -> str:
-        now = time.monotonic()
-        self.written = now, self.done
-        count = f" {self.done}/{self.total}" if self.total > 1 else ""  # of workers that start, say, nothing is counted
-        detail = f", {self.detail}" if self.detail else ""
-        return f"  {self.title}{count}, {now - self.started:.0f} s{detail}"
-
-
-class _Bar:
-    """The one bar at the bottom of a terminal, of what is in progress; it pulses where nothing is counted."""
-
-    def __init__(self, console: Console):
-        self._console = console
-        self._progress: Progress | None = None
-        self._id = TaskID(0)
-        self._shown: tuple[_Phase | None, bool] = (None, False)
-
-    def show(self, phase: _Phase | None = None) -> None:
-        counted = phase is not None and phase.total > 1
-        if self._progress is None or phase is None or self._shown != (phase, counted):
-            self.hide()
-            self._progress = self._start(counted)
-            total = phase.total if phase and counted else None
-            self._id = self._progress.add_task(phase.title if phase else "working", total=total, detail="")
-            self._shown = phase, counted
-        if phase and counted:
-            self._progress.update(self._id, completed=phase.done, detail=phase.detail)
-
-    def hide(self) -> None:
-        if self._progress:
-            self._progress.stop()
-        self._progress = None
-
-    def _start(self, counted: bool) -> Progress:
-        columns: list[ProgressColumn] = [TextColumn("  {task.description}", markup=False), BarColumn(bar_width=30)]
-        if counted:
-            detail = TextColumn("left  {task.fields[detail]}", markup=False)
-            columns += [MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), detail]
-        else:
-            columns += [TimeElapsedColumn()]
-        progress = Progress(
-            *columns,
-            console=self._console,
-            transient=True,
-            refresh_per_second=4,
-            redirect_stdout=sys.stdout.isatty(),  # `> file` keeps what a command prints
-        )
-        progress.start()
-        return progress
-
-
-# --- results as text -------------------------------------------------------------------------
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns, two spaces apart; the last one may be of any width."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, markdown: bool = False) -> str:
+    """A header line and aligned columns, two spaces apart; with `markdown`, a table of Markdown."""
+    layout: dict[str, Any] = (
+        {"box": box.MARKDOWN} if markdown else {"box": None, "pad_edge": False, "padding": (0, 2, 0, 0)}
     )
+    grid = Table(**layout)
+    for name in head:
+        grid.add_column(Text(name), no_wrap=True)
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    return _plain(grid)
 
 
 def fields(pairs: Iterable[tuple[str, object]]) -> str:
     """One `name  value` a line, values aligned."""
-    pairs = list(pairs)
-    width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"  {name.ljust(width)}  {value}".rstrip() for name, value in pairs)
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for name, value in pairs:
+        grid.add_row(Text(f"  {name}"), Text(str(value)))
+    return _plain(grid)
+
+
+def _plain(grid: Table) -> str:
+    """A table as text without colours, as wide as it needs to be."""
+    console = Console(file=io.StringIO(), width=100_000, color_system=None, emoji=False)
+    with console.capture() as text:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in text.get().splitlines()).strip("\n")
+
+
+def as_json_text(body: Any) -> str:
+    """A result as JSON for people and programs: indented, not escaped to ASCII."""
+    return json.dumps(body, indent=2, ensure_ascii=False)
 
 
 def trace_text(trace: dict[str, Any]) -> str:
-    """A trace: who answered and why, and every expert that was asked, in order."""
+    """Who answered and why, and a line for each expert that was asked, in order."""
     head = f"answered by {trace['answered_by']}: {trace['reason']}"
     head += f" (sequence version {trace['sequence_version']}, {trace['ms']:g} ms)"
     rows = [
@@ -213,14 +72,14 @@ def trace_text(trace: dict[str, Any]) -> str:
 
 
 def print_answer(pieces: Iterable[Piece]) -> None:
-    """An answer to stdout as it comes, then its trace to stderr."""
+    """Stream an answer to stdout, then print its trace to stderr."""
     trace = finish_reason = None
     try:
         for piece in pieces:
             click.echo(piece.text, nl=False)
             trace, finish_reason = trace or piece.trace, piece.finish_reason
     finally:
-        if trace:  # an answer that broke off ends its line too
+        if trace:  # also after an answer that broke off
             click.echo()
     if finish_reason == "length":
         click.echo("(cut off: the answer reached its limit of tokens; see --max-tokens)", err=True)
@@ -303,7 +162,7 @@ def manifest_text(manifest: Manifest, head: ExpertSequence) -> str:
 
 
 def learned_text(learned: Learned) -> str:
-    """What learning a task came to."""
+    """The result of learning a task: calibration, gate, fit and time."""
     fit, calibration = learned.fit, learned.calibration
     foreign = f"{_percent(calibration.foreign_accepted)} of {calibration.foreign} held-out queries"
     taken = ", ".join(f"{kind} {count}" for kind, count in calibration.taken.items())
@@ -326,11 +185,11 @@ def learned_text(learned: Learned) -> str:
 def print_prepared(prepared: Prepared, console: Console | None = None) -> None:
     """What would be fitted on: counts, and ten examples of all kinds with their loss mask."""
     console = console or Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-    made = prepared.reconstruction
-    console.print(f"{prepared.task.name} would be fitted on {len(made.train)} examples")
-    console.print(fields(made.counts().items()))
+    reconstruction = prepared.reconstruction
+    console.print(f"{prepared.task.name} would be fitted on {len(reconstruction.train)} examples")
+    console.print(fields(reconstruction.counts().items()))
     console.print("‖ from here on the adapter applies (before it, dim: the base model alone); ⟦…⟧ bold: carries loss")
-    for example in _of_each_kind(made.train, 10):
+    for example in _of_each_kind(reconstruction.train, 10):
         tokens = f"{len(example.prompt)} prompt tokens, {len(example.target)} with loss"
         console.print(f"\n── {example.kind}: {tokens}", style="cyan")
         console.print(_coloured(example, prepared.tokenizer, prepared.activation))
@@ -343,7 +202,7 @@ def _of_each_kind(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def _coloured(example: Example, tokenizer: Any, activation: Activation) -> Text:
-    """A rendered example in colours, a long prompt cut in its middle; the marks stay, as a log has no colours."""
+    """A rendered example in colours, a long prompt cut in the middle. The marks stay, since logs have no colours."""
     text = Text(render(example, tokenizer, activation))
     prefix, _ = activation.split(list(example.prompt))
     loss = len(text) - len(tokenizer.decode(list(example.target))) - 2  # from ⟦ to ⟧

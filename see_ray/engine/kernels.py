@@ -1,4 +1,4 @@
-"""Which of PyTorch's matrix kernels a pass uses."""
+"""Which of PyTorch's matrix multiplication kernels a forward pass uses."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-FEW = 2
-"""Tokens up to which a bfloat16 product is faster by PyTorch's own kernel than by oneDNN's, on a CPU without AMX: for
-one token 2.4 times, for two 1.5 times; for four they are equal."""
+MAX_NATIVE_TOKENS = 2
+"""Up to this many tokens PyTorch's own bfloat16 kernel is faster than oneDNN's on a CPU without AMX: 2.4 times for one
+token, 1.5 times for two. For four they are equal."""
 
 
-def are_few(model: Any, tokens: int) -> bool:
-    """Whether PyTorch's own kernels are faster for a pass of that many tokens."""
+def native_kernels_are_faster(model: Any, num_tokens: int) -> bool:
+    """Whether PyTorch's own kernels are faster than oneDNN's for a forward pass of that many tokens."""
     return (
-        tokens <= FEW
+        num_tokens <= MAX_NATIVE_TOKENS
         and model.device.type == "cpu"
         and model.dtype == torch.bfloat16
         and not torch.cpu._is_amx_tile_supported()
@@ -24,13 +24,13 @@ def are_few(model: Any, tokens: int) -> bool:
 
 
 @contextmanager
-def kernels(model: Any, tokens: int) -> Iterator[None]:
-    """The faster kernels for that many tokens. They are chosen for the whole process."""
-    if not are_few(model, tokens):
+def fastest_kernels(model: Any, num_tokens: int) -> Iterator[None]:
+    """Use the faster kernels for that many tokens. The choice applies to the whole process."""
+    if not native_kernels_are_faster(model, num_tokens):
         yield
         return
-    before = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
+    flags = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
     try:
         yield
     finally:
-        torch.backends.mkldnn.set_flags(_enabled=before[0], _fp32_precision=None)
+        torch.backends.mkldnn.set_flags(_enabled=flags[0], _fp32_precision=None)

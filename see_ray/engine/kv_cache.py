@@ -1,8 +1,8 @@
-"""Memory for the keys and values of answers in progress.
+"""Bounded memory for the keys and values of running requests.
 
-Each answer has a *slot*: room for its prompt and for all tokens that it may have. Slots of one size stand side
-by side in one tensor a layer, a *shelf*, so that a step attends over many answers in one call without copying
-anything. The memory is bounded: an answer for which there is no room waits until another one ends.
+Each request has a *slot*: room for its prompt and for all tokens that it may generate. Slots of one size are rows of
+one tensor per layer, a *block*, so that a decode step attends for many requests in one call and copies nothing. A
+request for which there is no room waits until another one ends.
 """
 
 from __future__ import annotations
@@ -10,134 +10,120 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SMALLEST = 256
-"""Tokens of the smallest slot; the others are larger by powers of two."""
+MIN_SLOT_TOKENS = 256
+"""Tokens of the smallest slot. Larger ones are this times a power of two."""
 
-SHELF_TOKENS = 8192
-"""Tokens that a shelf holds together, one slot at least."""
+BLOCK_TOKENS = 8192
+"""Tokens of a block, unless a single slot is larger."""
 
-MOST_ROWS = 16
-"""Most slots of a shelf."""
+MAX_BLOCK_SLOTS = 16
+"""Most slots of a block."""
 
 Layers = Sequence[tuple[Tensor, Tensor]]
+"""One (key, value) pair per layer, each [rows, heads, tokens, head size]."""
 
 
 class KVCacheBlock:
     """Slots of one size.
 
     Attributes:
-        layers: one (key, value) pair a layer, each [slots, heads, size, head size].
-        size: tokens of a slot.
+        layers: one (key, value) pair per layer, each [slots, heads, slot tokens, head size].
+        num_slots: slots of the block.
+        slot_tokens: tokens of a slot.
+        free_rows: rows that no slot occupies, ascending.
     """
 
-    def __init__(self, like: Layers, rows: int, size: int):
-        # Zeros, not whatever is there: a masked value that is not a number would still spoil the sum.
+    def __init__(self, like: Layers, num_slots: int, slot_tokens: int):
+        # Zeros, not uninitialized memory: a masked NaN would still spoil the weighted sum.
         self.layers = [
-            (_zeros(k, rows, k.shape[1], size, k.shape[3]), _zeros(v, rows, v.shape[1], size, v.shape[3]))
-            for k, v in like
+            (
+                _zeros(key, num_slots, key.shape[1], slot_tokens, key.shape[3]),
+                _zeros(value, num_slots, value.shape[1], slot_tokens, value.shape[3]),
+            )
+            for key, value in like
         ]
-        self.size = size
-        self.free = list(range(rows))
-        self.rows = rows
+        self.num_slots, self.slot_tokens = num_slots, slot_tokens
+        self.free_rows = list(range(num_slots))
 
 
 @dataclass
-class Slot:
-    """One answer's place: a row of a shelf, and how many tokens stand in it."""
+class KVCacheSlot:
+    """One request's row of a block, and the number of tokens in it."""
 
-    shelf: KVCacheBlock
+    block: KVCacheBlock
     row: int
     length: int = 0
 
     def append(self, layers: Layers, row: int = 0) -> None:
-        """Copy keys and values, each [rows, heads, tokens, head size], behind what stands here."""
-        count = layers[0][0].shape[2]
-        for (keys, values), (k, v) in zip(self.shelf.layers, layers, strict=True):
-            keys[self.row, :, self.length : self.length + count] = k[row]
-            values[self.row, :, self.length : self.length + count] = v[row]
-        self.length += count
+        """Copy keys and values of further tokens, from one row of `layers`, behind those in the slot."""
+        end = self.length + layers[0][0].shape[2]
+        for (keys, values), (key, value) in zip(self.block.layers, layers, strict=True):
+            keys[self.row, :, self.length : end] = key[row]
+            values[self.row, :, self.length : end] = value[row]
+        self.length = end
 
 
-@dataclass
-class SlotPool:
+class KVCache:
     """All slots.
 
-    Attributes:
-        tokens: most tokens of all shelves together.
+    Args:
+        max_tokens: most tokens of all blocks together.
+        like: keys and values of the model, whose heads, head size, dtype and device the blocks take.
     """
 
-    tokens: int
-    _shelves: list[KVCacheBlock] = field(default_factory=list)
+    def __init__(self, max_tokens: int, like: Layers):
+        self.max_tokens = max_tokens
+        self._like = like
+        self._blocks: list[KVCacheBlock] = []
 
     @property
-    def reserved(self) -> int:
-        """Tokens of all shelves that there are."""
-        return sum(shelf.rows * shelf.size for shelf in self._shelves)
+    def allocated_tokens(self) -> int:
+        """Tokens of the blocks that exist now."""
+        return sum(block.num_slots * block.slot_tokens for block in self._blocks)
 
-    def fits(self, length: int) -> bool:
-        """Whether an answer of that many tokens, prompt included, can ever have a slot."""
-        return _size(length) <= self.tokens
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a request of that many tokens, prompt included, can ever have a slot."""
+        return _slot_tokens(num_tokens) <= self.max_tokens
 
-    def take(self, length: int, like: Layers) -> Slot | None:
-        """A slot for `length` tokens; None while there is no room.
-
-        Args:
-            length: tokens of prompt and answer together, at most.
-            like: keys and values whose shapes and type the slot's have.
-        """
-        size = _size(length)
-        for shelf in self._shelves:
-            if shelf.size == size and shelf.free:
-                return Slot(shelf, shelf.free.pop(0))
-        # A quarter of the memory at most, so that answers of all lengths find room beside each other.
-        rows = max(1, min(MOST_ROWS, SHELF_TOKENS // size, self.tokens // 4 // size))
-        if self.reserved + rows * size > self.tokens:
-            self._shelves = [shelf for shelf in self._shelves if len(shelf.free) < shelf.rows]
-        rows = min(rows, (self.tokens - self.reserved) // size)
-        if rows < 1:
+    def allocate(self, num_tokens: int) -> KVCacheSlot | None:
+        """A slot for a request of at most `num_tokens` tokens, prompt included; None while there is no room."""
+        size = _slot_tokens(num_tokens)
+        for block in self._blocks:
+            if block.slot_tokens == size and block.free_rows:
+                return KVCacheSlot(block, block.free_rows.pop(0))
+        # A block takes a quarter of the memory at most, so that slots of several sizes can exist side by side.
+        num_slots = max(1, min(MAX_BLOCK_SLOTS, BLOCK_TOKENS // size, self.max_tokens // 4 // size))
+        if self.allocated_tokens + num_slots * size > self.max_tokens:
+            self._blocks = [block for block in self._blocks if len(block.free_rows) < block.num_slots]
+        num_slots = min(num_slots, (self.max_tokens - self.allocated_tokens) // size)
+        if num_slots < 1:
             return None
-        self._shelves.append(KVCacheBlock(like, rows, size))
-        return Slot(self._shelves[-1], self._shelves[-1].free.pop(0))
+        block = KVCacheBlock(self._like, num_slots, size)
+        self._blocks.append(block)
+        return KVCacheSlot(block, block.free_rows.pop(0))
 
-    def give_back(self, slot: Slot) -> None:
-        """The answer has ended."""
-        slot.shelf.free.append(slot.row)
-        slot.shelf.free.sort()  # low rows first, so that those in use stand together
+    def free(self, slot: KVCacheSlot) -> None:
+        """Make a slot available to other requests."""
+        slot.block.free_rows.append(slot.row)
+        slot.block.free_rows.sort()  # low rows are taken first, so that those in use are next to each other
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
-    """A tensor of zeros. On a CPU its memory is mapped, so that the operating system gives it only as it is written
-    to; PyTorch's own zeros are all written."""
+    """Zeros of the dtype and device of `like`. On a CPU they are mapped memory, which the operating system provides
+    page by page as it is written to; `torch.zeros` would write all of it."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     memory = mmap.mmap(-1, math.prod(shape) * like.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
-def _size(length: int) -> int:
-    size = SMALLEST
-    while size < length:
+def _slot_tokens(num_tokens: int) -> int:
+    size = MIN_SLOT_TOKENS
+    while size < num_tokens:
         size *= 2
     return size
-
-
-def bytes_per_token(layers: Layers) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    return sum(t.shape[1] * t.shape[3] * t.element_size() for pair in layers for t in pair)
-
-
-def of_tokens(layers: Layers, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
-    """Some tokens' keys and values (views)."""
-    return [(k[:, :, start:stop], v[:, :, start:stop]) for k, v in layers]
-
-
-def joined(first: Layers | None, second: Layers) -> list[tuple[Tensor, Tensor]]:
-    """Two runs of tokens as one (copies)."""
-    if not first:
-        return [(k.clone(), v.clone()) for k, v in second]
-    return [(torch.cat([a, k], dim=2), torch.cat([b, v], dim=2)) for (a, b), (k, v) in zip(first, second, strict=True)]

@@ -1,7 +1,7 @@
-"""LoRA weights of many experts in one base model, each token of a forward pass with its own.
+"""LoRA adapters of many experts in one base model, each token of a forward pass with its own.
 
-They are stacked ([slots, r, in] and [slots, r, out]) in every linear layer that any of them adapts; each token
-of a pass names the slot that applies to it. Slot 0 is nobody's: the base model.
+In every linear layer that any expert adapts, the adapters' weights are stacked: A as [adapters, r, in], B as
+[adapters, r, out]. A forward pass names an adapter index for each token. Index 0 is the base model: its weights are 0.
 """
 
 from __future__ import annotations
@@ -16,241 +16,256 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from see_ray.engine.kernels import are_few
+from see_ray.engine.kernels import native_kernels_are_faster
 from see_ray.errors import ServingError
 
-ALONE = 32
-"""Tokens of one expert in a pass from which it is computed by itself rather than padded with the others."""
+MAX_GROUPED_TOKENS = 32
+"""Adapters with more tokens than this in a batch are computed one by one, the others together, padded."""
 
-SPARSE = 2
-"""A stretch of slots is read whole where it has at most this many times the slots that are wanted; else those are
+MAX_RANGE_FACTOR = 2
+"""Adapters are read as a range of the stack if it holds at most this many times those that are needed; else they are
 copied out of it."""
 
-FLOAT_SLOTS, FLOAT_TOKENS = 64, 64
-"""Up to so many slots and tokens the product is made in float32 on a CPU, whatever the weights are kept in: one of a
-token and a bfloat16 adapter takes 16 microseconds to start there, widening it and multiplying in float32 takes 4. For
-5 to 50 slots with a token each that is 15 to 40 % faster, with one thread and with two; with two tokens each it is
+FLOAT32_ADAPTERS, FLOAT32_TOKENS = 64, 64
+"""Up to this many adapters and tokens the product is computed in float32 on a CPU, whatever the dtype of the weights.
+A bfloat16 product of one token takes 16 microseconds to start there; converting to float32 and multiplying takes 4. For
+5 to 50 adapters with a token each that is 15 to 40 % faster, with one thread and with two; with two tokens each it is
 about equal."""
 
 
 class AdapterBank:
-    """All experts' LoRA weights, stacked in every linear layer that any of them adapts."""
+    """All experts' LoRA weights. It replaces each linear layer that any of them adapts."""
 
     def __init__(self, model: Any):
         self._model = model
-        self._layers: dict[str, _StackedLinear] = {}
-        self._slots: dict[str, int] = {}
-        self._room = 1
-        self.use: LoraMapping | None = None
+        self._layers: dict[str, _StackedLoraLinear] = {}
+        self._indices: dict[str, int] = {}
+        self._stack_size = 1
+        self.mapping: LoraMapping | None = None
 
-    def slot(self, name: str | None) -> int:
-        """An expert's slot; None is the base model's."""
-        return 0 if name is None else self._slots[name]
+    def index(self, name: str) -> int:
+        """Index of an adapter."""
+        return self._indices[name]
 
     @contextmanager
-    def applied(self, slots: Sequence[int]) -> Iterator[None]:
-        """The forward pass inside applies to each of its tokens the adapter in that slot."""
-        self.use = LoraMapping.of(slots, self._model)
+    def applied(self, adapters: Sequence[int]) -> Iterator[None]:
+        """Apply to each token of the forward pass inside the adapter of that index."""
+        self.mapping = LoraMapping.of(adapters, self._model)
         try:
             yield
         finally:
-            self.use = None
+            self.mapping = None
 
     def add(self, name: str, folder: Path) -> None:
-        """Read an expert's PEFT folder, in the place of one of the same name.
+        """Read an adapter from its PEFT folder, in place of one of the same name.
 
         Raises:
-            ServingError: it does not fit this base model, or is no plain LoRA.
+            ServingError: it does not fit this base model, or is not plain LoRA.
         """
         updates = read_adapter(folder)
         linear = linear_layers(self._model)
-        for path, (down, up) in updates.items():
-            inner = linear.get(path)
-            if inner is None:
+        for path, (lora_a, lora_b) in updates.items():
+            layer = linear.get(path)
+            if layer is None:
                 raise ServingError(
-                    f"the adapter in {folder} changes {path}, which is no hidden linear layer of this base model; "
-                    "it was made for another one"
+                    f"the adapter in {folder} adapts {path}, which is not a hidden linear layer of this base model; "
+                    "it was fitted on another one"
                 )
-            if (inner.in_features, inner.out_features) != (down.shape[1], up.shape[1]):
+            if (layer.in_features, layer.out_features) != (lora_a.shape[1], lora_b.shape[1]):
                 raise ServingError(
-                    f"the adapter in {folder} has shape {down.shape[1]}x{up.shape[1]} at {path}, the base model "
-                    f"{inner.in_features}x{inner.out_features}; it was made for another one"
+                    f"the adapter in {folder} has shape {lora_a.shape[1]}x{lora_b.shape[1]} at {path}, the base model "
+                    f"{layer.in_features}x{layer.out_features}; it was fitted on another one"
                 )
-        slot = self._slots.get(name) or min(set(range(1, len(self._slots) + 2)) - set(self._slots.values()))
-        while self._room <= slot:
-            self._room *= 2
+        index = self._indices.get(name) or min(set(range(1, len(self._indices) + 2)) - set(self._indices.values()))
+        while self._stack_size <= index:
+            self._stack_size *= 2
         for path in updates.keys() - self._layers.keys():
             parent, _, child = path.rpartition(".")
-            self._layers[path] = _StackedLinear(linear[path], self)
+            self._layers[path] = _StackedLoraLinear(linear[path], self)
             setattr(self._model.get_submodule(parent), child, self._layers[path])
-        for path, layer in self._layers.items():
-            layer.put(slot, updates.get(path), self._room)
-        self._slots[name] = slot
+        for path, stacked in self._layers.items():
+            stacked.set_adapter(index, updates.get(path), self._stack_size)
+        self._indices[name] = index
 
     def remove(self, name: str) -> None:
-        """Forget an expert; its slot is free."""
-        slot = self._slots.pop(name)
+        """Remove an adapter; its index is free."""
+        index = self._indices.pop(name)
         for layer in self._layers.values():
-            layer.put(slot, None, self._room)
+            layer.set_adapter(index, None, self._stack_size)
 
 
 @dataclass(frozen=True)
-class _Update:
-    """What a group of tokens adds to a linear layer's output.
+class _GroupedUpdate:
+    """What adapters add to the outputs of a group of tokens, as one batched product.
 
     Attributes:
-        tokens: a stretch of them, as many for each slot; or [slots x most tokens of one], padded with 0.
-        slots: a stretch of slots, or their numbers.
-        count: how many slots.
-        floats: the product is made in float32.
-        real: the places of `tokens` that are not padding; None if all are.
-        flat: the tokens at these places; None for a stretch.
+        tokens: a range of as many tokens for each adapter; or [adapters x most tokens of one], padded with token 0.
+        adapters: a range of the stack, or indices.
+        num_adapters: how many these are.
+        in_float32: compute in float32.
+        present: places of `tokens` that are not padding; None if all are.
+        outputs: the tokens at these places; None where `tokens` is a range.
     """
 
     tokens: slice | Tensor
-    slots: slice | Tensor
-    count: int
-    floats: bool
-    real: Tensor | None = None
-    flat: Tensor | None = None
+    adapters: slice | Tensor
+    num_adapters: int
+    in_float32: bool
+    present: Tensor | None = None
+    outputs: Tensor | None = None
 
-    def add(self, inputs: Tensor, outputs: Tensor, down: Tensor, up: Tensor) -> None:
-        """[tokens, in] and [tokens, out] of all tokens; down [slots, r, in] and up [slots, r, out] of all slots."""
-        x = inputs[self.tokens] if isinstance(self.tokens, slice) else inputs.index_select(0, self.tokens)
-        down, up = down[self.slots], up[self.slots]
-        if self.floats:
-            x, down, up = x.float(), down.float(), up.float()
-        if self.count == 1:
-            made = x @ down[0].T @ up[0]
+    def add_to(self, y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Add to y [tokens, out] of a layer with inputs x [tokens, in] and stacks [adapters, r, in] and
+        [adapters, r, out]."""
+        x = x[self.tokens] if isinstance(self.tokens, slice) else x.index_select(0, self.tokens)
+        a, b = lora_a[self.adapters], lora_b[self.adapters]
+        if self.in_float32:
+            x, a, b = x.float(), a.float(), b.float()
+        if self.num_adapters == 1:
+            delta = x @ a[0].T @ b[0]
         else:
-            made = torch.bmm(torch.bmm(x.unflatten(0, (self.count, -1)), down.transpose(1, 2)), up).flatten(0, 1)
-        if self.flat is None:
-            outputs[self.tokens].add_(made)
+            delta = torch.bmm(torch.bmm(x.unflatten(0, (self.num_adapters, -1)), a.transpose(1, 2)), b).flatten(0, 1)
+        if self.outputs is None:
+            y[self.tokens].add_(delta)
         else:
-            made = made if self.real is None else made.index_select(0, self.real)
-            outputs.index_add_(0, self.flat, made.to(outputs.dtype))
+            delta = delta if self.present is None else delta.index_select(0, self.present)
+            y.index_add_(0, self.outputs, delta.to(y.dtype))
 
 
 @dataclass(frozen=True)
-class _Single:
-    """One token of a pass of very few, in two products of a matrix and a vector."""
+class _SingleTokenUpdate:
+    """What an adapter adds to the output of one token, as two matrix-vector products; for very few tokens."""
 
     token: int
-    slot: int
+    adapter: int
 
-    def add(self, inputs: Tensor, outputs: Tensor, down: Tensor, up: Tensor) -> None:
-        outputs[self.token].addmv_(up[self.slot].T, torch.mv(down[self.slot], inputs[self.token]))
+    def add_to(self, y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+        """See `_GroupedUpdate.add_to`."""
+        y[self.token].addmv_(lora_b[self.adapter].T, torch.mv(lora_a[self.adapter], x[self.token]))
 
 
 @dataclass(frozen=True)
 class LoraMapping:
-    """Which tokens of a pass have which adapter."""
+    """Which tokens of a batch have which adapter."""
 
-    updates: tuple[_Update | _Single, ...]
+    updates: tuple[_GroupedUpdate | _SingleTokenUpdate, ...]
 
     @staticmethod
-    def of(slots: Sequence[int], model: Any) -> LoraMapping | None:
-        if are_few(model, len(slots)):
-            return LoraMapping(tuple(_Single(token, slot) for token, slot in enumerate(slots) if slot))
+    def of(adapters: Sequence[int], model: Any) -> LoraMapping | None:
+        """The mapping of a batch with these adapter indices, one for each token; None if all are 0."""
+        if native_kernels_are_faster(model, len(adapters)):
+            return LoraMapping(
+                tuple(_SingleTokenUpdate(token, adapter) for token, adapter in enumerate(adapters) if adapter)
+            )
         device = model.device
-        of_slot: dict[int, list[int]] = {}
-        for token, slot in enumerate(slots):
-            if slot:
-                of_slot.setdefault(slot, []).append(token)
-        if not of_slot:
+        tokens_of: dict[int, list[int]] = {}
+        for token, adapter in enumerate(adapters):
+            if adapter:
+                tokens_of.setdefault(adapter, []).append(token)
+        if not tokens_of:
             return None
-        alone = [slot for slot, tokens in of_slot.items() if len(tokens) > ALONE]
-        groups = [{slot: of_slot.pop(slot)} for slot in alone]
-        if of_slot:
-            groups.append({slot: of_slot[slot] for slot in sorted(of_slot)})
-        return LoraMapping(tuple(_in_place(group, device) or _gathered(group, device) for group in groups))
+        large = [adapter for adapter, tokens in tokens_of.items() if len(tokens) > MAX_GROUPED_TOKENS]
+        groups = [{adapter: tokens_of.pop(adapter)} for adapter in large]
+        if tokens_of:
+            groups.append({adapter: tokens_of[adapter] for adapter in sorted(tokens_of)})
+        return LoraMapping(tuple(_update_in_place(group, device) or _padded_update(group, device) for group in groups))
 
 
-def _in_place(group: dict[int, list[int]], device: torch.device) -> _Update | None:
-    """Tokens and slots that both stand in a row, such as N experts' decisions or one answer's step, are used where
-    they are; None if these do not."""
-    tokens = [token for line in group.values() for token in line]
-    each, first = len(tokens) // len(group), min(group)
+def _update_in_place(tokens_of: dict[int, list[int]], device: torch.device) -> _GroupedUpdate | None:
+    """Consecutive tokens with consecutive adapters, such as N experts' decisions or one decode step, are used without a
+    copy. None if they are not consecutive."""
+    tokens = [token for own in tokens_of.values() for token in own]
+    per_adapter, first = len(tokens) // len(tokens_of), min(tokens_of)
     if (
-        any(len(line) != each for line in group.values())
-        or [*group] != [*range(first, first + len(group))]
+        any(len(own) != per_adapter for own in tokens_of.values())
+        or [*tokens_of] != [*range(first, first + len(tokens_of))]
         or tokens != [*range(tokens[0], tokens[0] + len(tokens))]
     ):
         return None
-    places = slice(tokens[0], tokens[0] + len(tokens))
-    return _Update(places, slice(first, first + len(group)), len(group), _floats(len(group), len(tokens), device))
+    num_adapters = len(tokens_of)
+    return _GroupedUpdate(
+        slice(tokens[0], tokens[0] + len(tokens)),
+        slice(first, first + num_adapters),
+        num_adapters,
+        _in_float32(num_adapters, len(tokens), device),
+    )
 
 
-def _gathered(group: dict[int, list[int]], device: torch.device) -> _Update:
-    first, last = min(group), max(group) + 1
-    stretch = last - first <= SPARSE * len(group)
-    chosen: slice | Tensor = slice(first, last) if stretch else torch.tensor([*group], device=device)
-    lines = [group.get(slot, []) for slot in (range(first, last) if stretch else group)]
-    width = max(map(len, lines))
-    table = torch.tensor([[*line, *[0] * (width - len(line))] for line in lines], device=device)
-    places = [row * width + column for row, line in enumerate(lines) for column in range(len(line))]
-    real = None if len(places) == table.numel() else torch.tensor(places, device=device)
+def _padded_update(tokens_of: dict[int, list[int]], device: torch.device) -> _GroupedUpdate:
+    first, last = min(tokens_of), max(tokens_of) + 1
+    as_range = last - first <= MAX_RANGE_FACTOR * len(tokens_of)
+    adapters: slice | Tensor = slice(first, last) if as_range else torch.tensor([*tokens_of], device=device)
+    rows = [tokens_of.get(adapter, []) for adapter in (range(first, last) if as_range else tokens_of)]
+    width = max(map(len, rows))
+    table = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    places = [number * width + column for number, row in enumerate(rows) for column in range(len(row))]
+    present = None if len(places) == table.numel() else torch.tensor(places, device=device)
     table = table.flatten()
-    flat = table if real is None else table[real]
-    return _Update(table, chosen, len(lines), _floats(len(lines), table.numel(), device), real, flat)
+    outputs = table if present is None else table[present]
+    in_float32 = _in_float32(len(rows), table.numel(), device)
+    return _GroupedUpdate(table, adapters, len(rows), in_float32, present, outputs)
 
 
-def _floats(slots: int, tokens: int, device: torch.device) -> bool:
-    return device.type == "cpu" and slots <= FLOAT_SLOTS and tokens <= FLOAT_TOKENS
+def _in_float32(num_adapters: int, num_tokens: int, device: torch.device) -> bool:
+    return device.type == "cpu" and num_adapters <= FLOAT32_ADAPTERS and num_tokens <= FLOAT32_TOKENS
 
 
-class _StackedLinear(nn.Module):
-    """A linear layer with a stack of low-rank updates, one slot an expert, slot 0 zero."""
+class _StackedLoraLinear(nn.Module):
+    """A linear layer with a stack of LoRA weights, one adapter per index."""
 
     def __init__(self, linear: nn.Linear, bank: AdapterBank):
         super().__init__()
         self.linear = linear
         self._bank = bank
-        self.down = linear.weight.new_zeros(1, 1, linear.in_features)
-        self.up = linear.weight.new_zeros(1, 1, linear.out_features)
+        self.lora_a = linear.weight.new_zeros(1, 1, linear.in_features)
+        self.lora_b = linear.weight.new_zeros(1, 1, linear.out_features)
 
-    def put(self, slot: int, update: tuple[Tensor, Tensor] | None, room: int) -> None:
-        """Set a slot to an update (None clears it), making room for that many slots."""
-        rank = max(self.down.shape[1], update[0].shape[0] if update else 1)
-        if (room, rank) != self.down.shape[:2]:
-            self.down, self.up = (_grown(stack, room, rank) for stack in (self.down, self.up))
-        for number, stack in enumerate((self.down, self.up)):
-            stack[slot] = 0
-            if update:
-                stack[slot, : update[number].shape[0]] = update[number]
+    def set_adapter(self, index: int, weights: tuple[Tensor, Tensor] | None, stack_size: int) -> None:
+        """Set the weights (A, B) of an index, None to 0, in a stack of that size."""
+        rank = max(self.lora_a.shape[1], weights[0].shape[0] if weights else 1)
+        if (stack_size, rank) != self.lora_a.shape[:2]:
+            self.lora_a, self.lora_b = (_grown(stack, stack_size, rank) for stack in (self.lora_a, self.lora_b))
+        for number, stack in enumerate((self.lora_a, self.lora_b)):
+            stack[index] = 0
+            if weights:
+                stack[index, : weights[number].shape[0]] = weights[number]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear(x)
-        use = self._bank.use
-        if use is None:
+        mapping = self._bank.mapping
+        if mapping is None:
             return y
         inputs, outputs = x.flatten(0, -2), y.flatten(0, -2)
-        for update in use.updates:
-            update.add(inputs, outputs, self.down, self.up)
+        for update in mapping.updates:
+            update.add_to(outputs, inputs, self.lora_a, self.lora_b)
         return y
 
 
-def _grown(stack: Tensor, room: int, rank: int) -> Tensor:
-    grown = stack.new_zeros(room, rank, stack.shape[2])
+def _grown(stack: Tensor, stack_size: int, rank: int) -> Tensor:
+    grown = stack.new_zeros(stack_size, rank, stack.shape[2])
     grown[: stack.shape[0], : stack.shape[1]] = stack
     return grown
 
 
 def linear_layers(model: Any) -> dict[str, nn.Linear]:
-    """The linear layers that an adapter may change, by path: all but the output layer."""
+    """The linear layers that an adapter may adapt, by path: all but the output layer."""
     layers: dict[str, nn.Linear] = {}
     for path, module in model.named_modules():
-        if isinstance(module, _StackedLinear):
+        if isinstance(module, _StackedLoraLinear):
             layers[path] = module.linear
-    inside = set(map(id, layers.values()))
+    wrapped = set(map(id, layers.values()))
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings() and id(module) not in inside:
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings() and id(module) not in wrapped:
             layers[path] = module
     return layers
 
 
 def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A PEFT LoRA folder as {module path: (down [r, in], up [r, out], scale folded in)}."""
+    """Weights of a PEFT LoRA folder by module path: A [r, in], and B [r, out] times the adapter's scale.
+
+    Raises:
+        ServingError: it cannot be read, is not plain LoRA, or is empty.
+    """
     from safetensors.torch import load_file
 
     try:
@@ -266,8 +281,8 @@ def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for key, value in weights.items():
         path, _, kind = key.removeprefix("base_model.model.").partition(".lora_")
         if kind == "A.weight":
-            up = weights[key.replace(".lora_A.", ".lora_B.")]
-            updates[path] = (value, up.T * scale)
+            lora_b = weights[key.replace(".lora_A.", ".lora_B.")]
+            updates[path] = (value, lora_b.T * scale)
         elif kind != "B.weight":
             raise ServingError(f"the adapter in {folder} has {key}, which is not a LoRA weight")
     if not updates:

@@ -1,8 +1,8 @@
-"""What has been read of which prompt, kept for a while.
+"""Keys and values of recent prompts, and the experts' decision rows on them.
 
-Between a decision and its answer, and for prompts that begin alike (the turns of a chat, a system prompt), the
-keys and values of a prompt's tokens are found here instead of being computed again. The memory is bounded; what
-was not used for longest goes first.
+Between a decision and its answer, and for prompts that share a beginning (the turns of a chat, a system prompt), keys
+and values are found here instead of being computed again. Memory is bounded; the least recently used prompt is evicted
+first.
 """
 
 from __future__ import annotations
@@ -16,118 +16,131 @@ from torch import Tensor
 from see_ray.engine.forward_batch import DecisionRows
 from see_ray.models.prefix_kv import Prefix
 
-WORTH = 8
-"""Tokens that two prompts must have in common for one to begin with what the other has read."""
+MIN_SHARED_TOKENS = 8
+"""Fewest tokens that two prompts must share for one to start from the other's keys and values."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """Where somebody goes on from a prompt: a row of a branch.
+class DecisionRow:
+    """One expert's row behind a prompt, or the generalist's.
 
     Attributes:
+        rows: the rows that ran together.
+        index: of this one among them.
         p_accept: the decision; None for the generalist.
-        fed: whether the row's last token is followed by the answer: an expert's accept indicator, or the
-            prompt's own last token for the generalist.
+        answer_follows: whether the token sampled behind the row is the first of the answer. An expert's row has to end
+            with its accept indicator for that, the generalist's with the prompt.
     """
 
-    branch: DecisionRows
-    number: int
+    rows: DecisionRows
+    index: int
     p_accept: float | None
-    fed: bool
+    answer_follows: bool
 
     @property
-    def last(self) -> Tensor:
-        """Hidden state of its last token."""
-        return self.branch.hidden[self.number, -1]
+    def last_hidden(self) -> Tensor:
+        """[hidden size], of the row's last token."""
+        return self.rows.hidden[self.index, -1]
 
 
 @dataclass(eq=False)
-class Prompt:
-    """A prompt and what has been read of it.
+class CachedPrompt:
+    """A prompt, as far as it was prefilled.
 
     Attributes:
-        ids: the whole prompt.
-        owner: the expert whose adapter applied while it was read (full form); None: the base model.
-        prefix: keys and values of its first tokens, at most all but the last one.
-        rows: who went on from it, by name; None is the generalist.
-        users: requests that still need it.
+        token_ids: the whole prompt.
+        owner: the expert whose adapter applies to the prompt (full form); None: no adapter.
+        prefix: keys and values of its first tokens; at most all but the last, which decision rows run.
+        decisions: rows behind the prompt by expert name; None is the generalist.
+        ref_count: requests that use it. It is not evicted before they end.
     """
 
-    ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
     owner: str | None
     prefix: Prefix
-    rows: dict[str | None, Row] = field(default_factory=dict)
-    users: int = 0
+    decisions: dict[str | None, DecisionRow] = field(default_factory=dict)
+    ref_count: int = 0
 
     @property
-    def left(self) -> int:
-        """Tokens still to be read before anybody can go on from here."""
-        return len(self.ids) - 1 - self.prefix.lengths[0]
+    def num_cached(self) -> int:
+        """Tokens whose keys and values are known."""
+        return self.prefix.lengths[0]
 
     @property
-    def size(self) -> int:
-        """Tokens whose keys and values it holds."""
-        branches = {id(row.branch): row.branch for row in self.rows.values()}
-        return self.prefix.lengths[0] + sum(len(b.ids) * len(b.adapters) for b in branches.values())
+    def num_uncached(self) -> int:
+        """Tokens to prefill before decision rows can run."""
+        return len(self.token_ids) - 1 - self.num_cached
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values take memory, those of decision rows included."""
+        rows = {id(decision.rows): decision.rows for decision in self.decisions.values()}
+        return self.num_cached + sum(each.num_tokens for each in rows.values())
 
 
 @dataclass
 class PrefixCache:
-    """The prompts that are kept.
+    """Recent prompts, least recently used first.
 
     Attributes:
-        room: tokens of all prompts together, not counting those that are in use.
-        wanted, found: tokens of prompts that were asked for, and those of them that were there.
+        capacity: most tokens of prompts that no request uses; the most recent one is kept in any case.
+        queries: tokens of all prompts that were looked up.
+        hits: those of them whose keys and values were found.
     """
 
-    room: int
-    wanted: int = 0
-    found: int = 0
-    _kept: OrderedDict[tuple[str | None, tuple[int, ...]], Prompt] = field(default_factory=OrderedDict)
+    capacity: int
+    queries: int = 0
+    hits: int = 0
+    _prompts: OrderedDict[tuple[str | None, tuple[int, ...]], CachedPrompt] = field(default_factory=OrderedDict)
 
-    def __iter__(self) -> Iterator[Prompt]:
-        return iter(list(self._kept.values()))
+    def __iter__(self) -> Iterator[CachedPrompt]:
+        return iter(list(self._prompts.values()))
 
-    def get(self, ids: tuple[int, ...], owner: str | None) -> Prompt:
-        """The prompt, with as much of it read as any kept one has in common with it."""
-        prompt = self._kept.get((owner, ids))
+    def match(self, token_ids: tuple[int, ...], owner: str | None) -> CachedPrompt:
+        """The entry of a prompt. A new one starts with the longest prefix that it shares with another entry."""
+        prompt = self._prompts.get((owner, token_ids))
         if prompt is None:
-            prompt = Prompt(ids, owner, self._common(ids, owner))
-            self._kept[owner, ids] = prompt
-        self.wanted += len(ids) - 1
-        self.found += prompt.prefix.lengths[0]
-        self._kept.move_to_end((owner, ids))
+            prompt = CachedPrompt(token_ids, owner, self._longest_shared_prefix(token_ids, owner))
+            self._prompts[owner, token_ids] = prompt
+        self.queries += len(token_ids) - 1
+        self.hits += prompt.num_cached
+        self._prompts.move_to_end((owner, token_ids))
         return prompt
 
-    def put(self, ids: tuple[int, ...], owner: str | None, prefix: Prefix) -> None:
-        """Keep what somebody else has read of a prompt."""
-        prompt = self._kept.setdefault((owner, ids), Prompt(ids, owner, prefix))
-        if prompt.prefix.lengths[0] < prefix.lengths[0]:
+    def insert(self, token_ids: tuple[int, ...], owner: str | None, prefix: Prefix) -> None:
+        """Add keys and values of a prompt that were computed elsewhere."""
+        prompt = self._prompts.setdefault((owner, token_ids), CachedPrompt(token_ids, owner, prefix))
+        if prompt.num_cached < prefix.lengths[0]:
             prompt.prefix = prefix
 
-    def trim(self) -> None:
-        """Drop what was not used for longest, until the rest fits; the last one always stays."""
-        idle = [prompt for prompt in self._kept.values() if prompt.users == 0]
-        size = sum(prompt.size for prompt in idle)
-        for prompt in idle[:-1]:
-            if size <= self.room:
+    def evict(self) -> None:
+        """Remove the least recently used prompts that no request uses, until the others fit `capacity`."""
+        unused = [prompt for prompt in self._prompts.values() if prompt.ref_count == 0]
+        num_tokens = sum(prompt.num_tokens for prompt in unused)
+        for prompt in unused[:-1]:
+            if num_tokens <= self.capacity:
                 break
-            size -= prompt.size
-            del self._kept[prompt.owner, prompt.ids]
+            num_tokens -= prompt.num_tokens
+            del self._prompts[prompt.owner, prompt.token_ids]
 
-    def forget(self, expert: str) -> None:
-        """Drop what an expert's adapter has computed."""
-        for key, prompt in list(self._kept.items()):
-            prompt.rows.pop(expert, None)
+    def invalidate(self, expert: str) -> None:
+        """Remove everything that was computed with an expert's adapter."""
+        for key, prompt in list(self._prompts.items()):
+            prompt.decisions.pop(expert, None)
             if prompt.owner == expert:
-                del self._kept[key]
+                del self._prompts[key]
 
-    def _common(self, ids: tuple[int, ...], owner: str | None) -> Prefix:
-        best, length = None, WORTH - 1
-        for prompt in self._kept.values():
-            most = min(prompt.prefix.lengths[0], len(ids) - 1)
-            if prompt.owner == owner and most > length and prompt.ids[: length + 1] == ids[: length + 1]:
-                common = next((i for i in range(most) if prompt.ids[i] != ids[i]), most)
-                if common > length:
-                    best, length = prompt, common
-        return best.prefix.cut(length) if best else Prefix((), (0,))
+    def clear(self) -> None:
+        """Remove all prompts."""
+        self._prompts.clear()
+
+    def _longest_shared_prefix(self, token_ids: tuple[int, ...], owner: str | None) -> Prefix:
+        longest, length = None, MIN_SHARED_TOKENS - 1
+        for prompt in self._prompts.values():
+            limit = min(prompt.num_cached, len(token_ids) - 1)
+            # Compare the tokens that it has to share at least before looking for the first difference.
+            if prompt.owner == owner and limit > length and prompt.token_ids[: length + 1] == token_ids[: length + 1]:
+                shared = next((i for i in range(limit) if prompt.token_ids[i] != token_ids[i]), limit)
+                if shared > length:
+                    longest, length = prompt, shared
+        return longest.prefix.cut(length) if longest else Prefix((), (0,))

@@ -1,114 +1,144 @@
-"""An answer in progress, and how its next token is chosen."""
+"""Requests to the embedded engine: a prompt to prefill and decide on, and an answer to generate."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from see_ray.engine.expert_registry import LoadedExpert
 from see_ray.engine.forward_batch import DecodeStep
-from see_ray.engine.interface import Expert, SamplingParams, Token
-from see_ray.engine.kv_cache import Slot
-from see_ray.engine.prefix_cache import Prompt, Row
+from see_ray.engine.interface import SamplingParams, Token
+from see_ray.engine.kv_cache import KVCacheSlot
+from see_ray.engine.prefix_cache import CachedPrompt, DecisionRow
+from see_ray.engine.sampling import sample_token, with_logprobs
+from see_ray.errors import ServingError
 
 
-class Loaded:
-    """An expert in the bank. One that is loaded anew under the same name is another.
+def expert_name(expert: LoadedExpert | None) -> str | None:
+    """None is the generalist's."""
+    return None if expert is None else expert.name
+
+
+def unloaded_error(expert: LoadedExpert | None) -> ServingError:
+    """The error of a request whose expert was unloaded before it ran."""
+    return ServingError(f"the expert {expert_name(expert)} was unloaded before this request had run; send it again")
+
+
+@dataclass(eq=False)
+class PrefillRequest:
+    """A prompt to prefill, and the experts whose decision rows are to run behind it.
 
     Attributes:
-        key: its name in the bank.
-        slot: of its adapter.
-        full: it reads the whole prompt by itself (full form).
-        adapted: tokens at the end of a prompt that its rows read.
-        gone: its slot may be another's by now.
+        prompt: where the results are stored.
+        experts: None is the generalist, who decides nothing but may answer.
+        max_indicator_rows: up to this many experts, each also runs its accept indicator, so that the first token of
+            the answer is known with the decision.
+        done: set when the results are there.
     """
 
-    _count = 0
+    prompt: CachedPrompt
+    experts: list[LoadedExpert | None]
+    max_indicator_rows: int
+    done: asyncio.Future[None]
 
-    def __init__(self, expert: Expert):
-        Loaded._count += 1
-        self.expert, self.name, self.key = expert, expert.name, f"{expert.name} {Loaded._count}"
-        self.slot, self.gone = 0, False
-        self.full = expert.activation.tokens is None
-        # In the full form the prompt was read with the adapter, all but its last token.
-        self.adapted = expert.activation.tokens or 1
+    def pending(self) -> list[LoadedExpert | None]:
+        """The experts whose rows have not run."""
+        return [expert for expert in self.experts if expert_name(expert) not in self.prompt.decisions]
+
+    def fail(self, error: BaseException) -> None:
+        """Raise an error in whoever waits for this request."""
+        if not self.done.done():
+            self.done.set_exception(error)
 
 
 class GenerationRequest:
-    """An answer in progress.
+    """An answer to generate.
+
+    Args:
+        expert: whose answer; None: the generalist's.
+        prompt: prefilled, and not evicted while the request waits.
+        decision: the expert's row behind the prompt, from which the answer continues.
+        sampling: how tokens are chosen.
 
     Attributes:
-        expert: whose it is; None is the generalist's.
-        length: tokens of prompt and answer, at most.
-        prompt, row: where it goes on from.
-        slot: where its keys and values are, once there is room.
-        token: chosen last, not yet read.
-        tokens: for whoever asked: tokens, then None, or an error.
-        over: finished, or given up.
+        max_length: most tokens of prompt, indicator and answer.
+        slot: keys and values, once there is room for them.
+        outputs: tokens, then None; or an error. Read on the event loop.
+        finished: the answer has ended, failed or was abandoned.
     """
 
-    def __init__(self, expert: Loaded | None, length: int, sampling: SamplingParams):
-        self.expert, self.length, self._left, self._sampling = expert, length, sampling.max_tokens, sampling
-        self.prompt: Prompt | None = None
-        self.row: Row | None = None
-        self.slot: Slot | None = None
-        self.token = -1
-        self.tokens: asyncio.Queue[Token | BaseException | None] = asyncio.Queue()
-        self.over = False
-        self._chosen: list[Token | None] = []
+    def __init__(
+        self, expert: LoadedExpert | None, prompt: CachedPrompt, decision: DecisionRow, sampling: SamplingParams
+    ):
+        self.expert, self.prompt, self.decision = expert, prompt, decision
+        self.max_length = max_length(len(prompt.token_ids), sampling)
+        self.slot: KVCacheSlot | None = None
+        self.outputs: asyncio.Queue[Token | BaseException | None] = asyncio.Queue()
+        self.finished = False
+        self._sampling = sampling
+        self._tokens_left = sampling.max_tokens
+        self._next_token = -1  # sampled, but not run
+        self._new_outputs: list[Token | None] = []
         self._generator = torch.Generator()
         if sampling.temperature > 0:
             self._generator.manual_seed(sampling.seed) if sampling.seed is not None else self._generator.seed()
 
-    def step(self) -> DecodeStep:
-        assert self.slot is not None
-        return DecodeStep(self.token, self.expert.slot if self.expert else 0, self.slot)
+    def start(self, slot: KVCacheSlot) -> None:
+        """Copy the keys and values of the prompt and of the decision row into the slot. Unless the answer follows the
+        row, run the accept indicator next."""
+        rows = self.decision.rows
+        if rows.prefix_length:
+            slot.append(self.prompt.prefix.cut(rows.prefix_length).layers)
+        slot.append(rows.layers, self.decision.index)
+        self.slot = slot
+        if not self.decision.answer_follows:
+            assert self.expert is not None, "the generalist has no indicator"
+            self._next_token = self.expert.expert.activation.accept
 
-    def choose(self, logits: Tensor, best: int, eos: frozenset[int]) -> None:
-        """Take the next token, or end.
+    def next_step(self) -> DecodeStep:
+        """The decode step that runs the token sampled last."""
+        assert self.slot is not None, "the request has not started"
+        return DecodeStep(self._next_token, self.expert.adapter if self.expert else 0, self.slot)
+
+    def sample(self, logits: Tensor, likeliest: int, eos: frozenset[int]) -> None:
+        """Sample the next token, or finish.
 
         Args:
             logits: [vocabulary].
-            best: the token with the highest.
+            likeliest: the token with the highest logit.
             eos: tokens that end an answer.
         """
-        if self._left > 0:
-            self.token = best if self._sampling.temperature == 0 else _drawn(logits, self._sampling, self._generator)
-        if self._left <= 0 or (self.token in eos and not self._sampling.ignore_eos):
-            self._chosen.append(None)
-            self.over = True
+        params = self._sampling
+        if self._tokens_left > 0:
+            greedy = params.temperature == 0
+            self._next_token = likeliest if greedy else sample_token(logits, params, self._generator)
+        if self._tokens_left <= 0 or (self._next_token in eos and not params.ignore_eos):
+            self._finish()
             return
-        self._left -= 1
-        self._chosen.append(_with_logprobs(self.token, logits, self._sampling.logprobs))
-        if self._left == 0:
-            self._chosen.append(None)
-            self.over = True
+        self._tokens_left -= 1
+        self._new_outputs.append(with_logprobs(self._next_token, logits, params.logprobs))
+        if self._tokens_left == 0:
+            self._finish()
 
     def flush(self) -> None:
-        """Hand on what was chosen; on the event loop's thread, where queues belong."""
-        for token in self._chosen:
-            self.tokens.put_nowait(token)
-        self._chosen.clear()
+        """Put new outputs into the queue. On the event loop's thread, since asyncio queues are not thread-safe."""
+        for output in self._new_outputs:
+            self.outputs.put_nowait(output)
+        self._new_outputs.clear()
 
     def fail(self, error: BaseException) -> None:
-        self.over = True
-        self.tokens.put_nowait(error)
+        """End the answer with an error. On the event loop's thread."""
+        self.finished = True
+        self.outputs.put_nowait(error)
+
+    def _finish(self) -> None:
+        self._new_outputs.append(None)
+        self.finished = True
 
 
-def _drawn(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:
-    chances = torch.softmax(logits.float().cpu() / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
-        ranked, order = chances.sort(descending=True)
-        ranked[ranked.cumsum(0) - ranked >= sampling.top_p] = 0  # the first is always kept
-        chances = torch.zeros_like(chances).scatter(0, order, ranked)
-    return int(torch.multinomial(chances, 1, generator=generator))
-
-
-def _with_logprobs(token: int, logits: Tensor, count: int | None) -> Token:
-    if count is None:
-        return Token(token)
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    best = logprobs.topk(count) if count else None
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else ()
-    return Token(token, float(logprobs[token]), top)
+def max_length(prompt_length: int, sampling: SamplingParams) -> int:
+    """Most tokens of a request: prompt, accept indicator and answer."""
+    return prompt_length + 1 + sampling.max_tokens

@@ -68,8 +68,8 @@ class Asker:
     async def _write(
         self, prompts: Sequence[Prompt], expert: str | None, sampling: Sequence[SamplingParams]
     ) -> list[str]:
-        from see_ray.engine.engine import STEP_ROWS
         from see_ray.engine.interface import GenerateRequest
+        from see_ray.engine.scheduler import MAX_NUM_SEQS
 
         async def one(number: int) -> str:
             stream = self._engine.generate(GenerateRequest(tuple(prompts[number]), expert, sampling[number]))
@@ -79,8 +79,8 @@ class Asker:
         # By length, and no more at once than a step writes: the rest would only hold memory.
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         texts = [""] * len(prompts)
-        for start in range(0, len(order), STEP_ROWS):
-            batch = order[start : start + STEP_ROWS]
+        for start in range(0, len(order), MAX_NUM_SEQS):
+            batch = order[start : start + MAX_NUM_SEQS]
             for number, text in zip(batch, await asyncio.gather(*map(one, batch)), strict=True):
                 texts[number] = text
         return texts

@@ -26,7 +26,8 @@ from see_ray.errors import FitError
 from see_ray.fit.report import Comparison, Progress
 from see_ray.fit.schedule import Schedule
 from see_ray.models.activation import Activation, p_accept
-from see_ray.models.prefix_kv import Prefix, forward_packed, logits_of, packs, prefill
+from see_ray.models.attention_override import supports_packing
+from see_ray.models.prefix_kv import Prefix, forward_packed, kv_bytes_per_token, logits_of, prefill
 
 LOOK_ROWS = 16
 """Held-out rows in one forward pass."""
@@ -145,7 +146,7 @@ class RankBatches:
         self._collective = engine.zero_optimization_stage() == 3 and schedule.world > 1
         dtype = torch.bfloat16 if config.kv_store_dtype == "bfloat16" else self._inner.dtype
         self._kept_dtype = dtype
-        budget = int(config.kv_store_gb * 1e9 / bytes_per_token(self._inner, dtype))
+        budget = int(config.kv_store_gb * 1e9 / kv_bytes_per_token(self._inner, dtype))
         self._plans = [schedule.prefill_batches(rank, budget) for rank in range(schedule.world)]
         self._to_keep = {number for plan in self._plans for batch in plan for number in batch}
         self._kept: dict[int, Tensor] = {}
@@ -255,7 +256,7 @@ class RankBatches:
         if counts:
             lengths = [len(left) + len(example.target) - 1 for left, example in zip(rest, examples, strict=True)]
             self._real += sum(lengths)
-            self._padded += sum(lengths) if packs(self._inner) else max(lengths) * len(lengths)
+            self._padded += sum(lengths) if supports_packing(self._inner) else max(lengths) * len(lengths)
         # Means over the whole step; DeepSpeed averages over workers, hence the factor `world` in both.
         return self._engine(
             self._prefix_of(numbers, missing_anywhere),
@@ -407,11 +408,3 @@ def _rows_of(prefix: Prefix, places: list[int]) -> Prefix:
     """Some rows of a batch of prefixes."""
     layers = tuple((keys[places], values[places]) for keys, values in prefix.layers)
     return Prefix(layers, tuple(prefix.lengths[place] for place in places))
-
-
-def bytes_per_token(model: Any, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * dtype.itemsize)

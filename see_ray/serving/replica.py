@@ -74,7 +74,7 @@ class EngineHost:
             kv_gb=settings.kv_gb,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             nice=NICE,
-            told=self._measured,
+            on_stats=self._measured,
         )
 
     async def check_health(self) -> None:

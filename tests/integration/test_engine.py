@@ -39,8 +39,8 @@ def decide(engine, prompt: list[int], experts: list[str]) -> list[float]:
 
 
 def logits(engine, prompt: list[int], expert: str, adapted: bool = True) -> torch.Tensor:
-    loaded = engine._experts[expert]
-    return engine._logits(prompt, loaded, loaded.slot if adapted else 0)
+    loaded = engine._scheduler.experts[expert]
+    return engine._runner.prompt_logits(prompt, loaded, loaded.adapter if adapted else 0)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_deciding_together_is_deciding_alone(engine, contacts):
 def test_deciding_in_batches_is_deciding_one_by_one(engine, tokenizer, mixed_queries):
     prompts = [ids(tokenizer, text) for text in mixed_queries[::17]]
     one_by_one = [decide(engine, prompt, ["dates"])[0] for prompt in prompts]
-    assert engine.decide_batch(prompts, "dates", most=400) == pytest.approx(one_by_one, abs=1e-4)
+    assert engine.decide_batch(prompts, "dates", max_num_batched_tokens=400) == pytest.approx(one_by_one, abs=1e-4)
 
 
 def test_experts_know_their_own_from_what_they_were_shown(engine, tokenizer, tasks):
@@ -134,8 +134,8 @@ def test_a_seed_repeats_a_sampled_answer(engine, tokenizer):
     assert first == again != other
 
 
-def test_an_answer_goes_on_behind_its_end_where_that_is_asked_for(engine, tokenizer):
-    prompt = ids(tokenizer, "GenerationRequest with the single word yes.")
+def test_ignore_eos_continues_behind_the_end(engine, tokenizer):
+    prompt = ids(tokenizer, "Answer with the single word yes.")
     ended = asyncio.run(answer(engine, prompt, None, 200))
     assert len(ended) < 200, "this answer was to end by itself"
     longer = asyncio.run(answer(engine, prompt, None, len(ended) + 4, ignore_eos=True))
@@ -145,7 +145,7 @@ def test_an_answer_goes_on_behind_its_end_where_that_is_asked_for(engine, tokeni
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
-def test_only_the_thread_that_computes_is_nice(base, config):
+def test_only_the_worker_thread_is_nice(base, config):
     engine = EmbeddedEngine(base, config.base_model, nice=3)
     own = os.getpriority(os.PRIO_PROCESS, 0)
     assert engine._on_thread(lambda: os.getpriority(os.PRIO_PROCESS, 0)) == own + 3
@@ -188,28 +188,30 @@ MIXED = [
 ]
 
 
-def test_answers_of_all_experts_are_written_together_and_as_each_alone(engine, tokenizer, monkeypatch):
-    passes: list[int] = []
-    real = engine._pass
-    monkeypatch.setattr(engine, "_pass", lambda reads, steps: (passes.append(len(steps)), real(reads, steps)))
+def test_answers_of_all_experts_run_together_and_are_as_each_alone(engine, tokenizer, monkeypatch):
+    decoded: list[int] = []  # answers of each step
+    forward = engine._runner.forward
+    monkeypatch.setattr(
+        engine._runner, "forward", lambda chunks, steps: (decoded.append(len(steps)), forward(chunks, steps))
+    )
     alone = [asyncio.run(answer(engine, ids(tokenizer, text), who, 12)) for text, who in MIXED]
-    taken_alone = len(passes)
-    passes.clear()
+    steps_alone = len(decoded)
+    decoded.clear()
 
     async def together() -> list[list[int]]:
         return await asyncio.gather(*(answer(engine, ids(tokenizer, text), who, 12) for text, who in MIXED))
 
     assert asyncio.run(together()) == alone
-    assert max(passes) == len([made for made in alone if made])
-    assert len(passes) < taken_alone
+    assert max(decoded) == len([each for each in alone if each])
+    assert len(decoded) < steps_alone
 
 
-def test_a_long_prompt_is_read_beside_an_answer_that_goes_on(engine, tokenizer, monkeypatch):
-    """In parts, with the same decision as at once."""
+def test_a_long_prompt_is_prefilled_beside_a_running_answer(engine, tokenizer, monkeypatch):
+    """In chunks, with the same decision as at once."""
     prompt = ids(tokenizer, "My parcel has not arrived. " * 40)
     at_once = decide(engine, prompt, ["tickets"])
-    engine._prompts.trim()
-    monkeypatch.setattr(engine, "_max_num_batched_tokens", 48)
+    engine._prefix_cache.evict()
+    monkeypatch.setattr(engine._scheduler, "max_num_batched_tokens", 48)
     order: list[str] = []
 
     async def write() -> None:
@@ -225,65 +227,69 @@ def test_a_long_prompt_is_read_beside_an_answer_that_goes_on(engine, tokenizer, 
     async def both() -> list[float]:
         return (await asyncio.gather(read(), write()))[0]
 
-    in_parts = asyncio.run(both())
-    engine._prompts._kept.clear()
+    in_chunks = asyncio.run(both())
+    engine._prefix_cache.clear()
     monkeypatch.undo()
-    assert in_parts == pytest.approx(decide(engine, [*prompt[:3], 7, *prompt[4:]], ["tickets"]), abs=1e-4)
-    assert at_once != in_parts
+    assert in_chunks == pytest.approx(decide(engine, [*prompt[:3], 7, *prompt[4:]], ["tickets"]), abs=1e-4)
+    assert at_once != in_chunks
     assert order.index("decision") > 1
 
 
-def test_prompts_that_begin_alike_are_read_once(engine, tokenizer):
+def test_prompts_that_begin_alike_are_prefilled_once(engine, tokenizer):
     story = "Once upon a time there was a king who had three daughters. " * 4
     first, second = (ids(tokenizer, story + end) for end in ("Who was the king?", "How many daughters were there?"))
     decide(engine, first, ["dates"])
-    before = engine.figures()
+    before = engine.stats()
     decide(engine, second, ["dates"])
-    after = engine.figures()
-    found = after["prefix_tokens_found"] - before["prefix_tokens_found"]
+    after = engine.stats()
+    found = after["prefix_cache_hits"] - before["prefix_cache_hits"]
     assert found >= len(ids(tokenizer, story)) - 8
-    assert after["tokens"] - before["tokens"] == len(second) - 1 - found + 1  # and a row: the last token
+    assert after["num_tokens"] - before["num_tokens"] == len(second) - 1 - found + 1  # and a row: the last token
 
 
-def test_a_decision_after_which_an_answer_follows_here_saves_its_first_pass(engine, tokenizer):
-    """All who are asked also read their indicators then, which takes tokens but no pass."""
+def test_a_decision_with_fallback_saves_the_answers_first_step(engine, tokenizer):
+    """All experts also run their indicators then, which takes tokens but no step."""
     counts: dict[bool, list[int]] = {False: [], True: []}
 
     async def decide_and_answer(prompt, follows) -> None:
         await engine.decide(prompt, ["dates", "tickets"], fallback=follows)
         await answer(engine, prompt, "dates", 1, ignore_eos=True)
-        while engine.figures()["answering"]:  # else the next one would find the engine busy
+        while engine.stats()["num_running"]:  # else the engine would not be idle for the next one
             await asyncio.sleep(0.01)
 
     for number, follows in itertools.product(range(5), (False, True)):
-        before = engine.figures()
+        before = engine.stats()
         asyncio.run(decide_and_answer(ids(tokenizer, f"Who was the king of spades, {follows}, {number}?"), follows))
-        counts[follows].append(engine.figures()["passes"] - before["passes"])
-    # An answer that is over takes part in one more pass if that begins before its reader has noticed.
+        counts[follows].append(engine.stats()["num_steps"] - before["num_steps"])
+    # An answer that has ended takes part in one more step if that is scheduled before its reader has noticed.
     assert min(counts[False]) == min(counts[True]) + 1
 
 
 def test_an_answer_for_which_there_is_no_room_waits(engine, tokenizer, monkeypatch):
-    from see_ray.engine.kv_cache import SlotPool
+    from see_ray.engine.kv_cache import KVCache
 
     prompt = ids(tokenizer, "Write a poem about rain.")
     alone = asyncio.run(answer(engine, prompt, None, 20))
-    monkeypatch.setattr(engine, "_pool", SlotPool(512))  # two slots of 256 tokens
-    most: list[int] = []
-    real = engine._pass
-    monkeypatch.setattr(engine, "_pass", lambda reads, steps: (most.append(len(steps)), real(reads, steps)))
+    kv_cache = KVCache(512, engine._runner.example_kv)
+    for owner in (engine._runner, engine._scheduler):  # two slots of 256 tokens
+        monkeypatch.setattr(owner, "kv_cache", kv_cache)
+    decoded: list[int] = []  # answers of each step
+    forward = engine._runner.forward
+    monkeypatch.setattr(
+        engine._runner, "forward", lambda chunks, steps: (decoded.append(len(steps)), forward(chunks, steps))
+    )
 
     async def five() -> list[list[int]]:
         return await asyncio.gather(*(answer(engine, prompt, None, 20) for _ in range(5)))
 
     assert asyncio.run(five()) == [alone] * 5
-    assert max(most) == 2
+    assert max(decoded) == 2
 
 
 def test_an_answer_that_can_never_have_room_is_refused_with_the_setting(engine, tokenizer, monkeypatch):
-    from see_ray.engine.kv_cache import SlotPool
+    from see_ray.engine.kv_cache import KVCache
 
-    monkeypatch.setattr(engine, "_pool", SlotPool(512))
+    monkeypatch.setattr(engine._scheduler, "kv_cache", KVCache(512, engine._runner.example_kv))
     with pytest.raises(ServingError, match="kv_gb"):
         asyncio.run(answer(engine, ids(tokenizer, "Write a poem."), None, 600))
 
@@ -313,48 +319,49 @@ def test_experts_that_come_and_go_do_not_stop_an_answer(engine, experts, config,
     whole = asyncio.run(answer(engine, prompt, "passing", 12))
 
     async def leave() -> list[int]:
-        made = []
+        token_ids = []
         async for token in engine.generate(request(prompt, "passing", 12)):
-            made.append(token.id)
-            if len(made) == 1:
+            token_ids.append(token.id)
+            if len(token_ids) == 1:
                 await asyncio.to_thread(engine.unload, "passing")
                 again = Expert("passing", folder, activation_of_manifest(manifest))
                 await asyncio.to_thread(engine.load, again)
-        return made
+        return token_ids
 
     try:
         assert asyncio.run(leave()) == whole
-        assert not engine._leaving or (asyncio.run(answer(engine, prompt, None, 2)) and not engine._leaving)
+        registry = engine._scheduler.experts
+        assert not registry.removed or (asyncio.run(answer(engine, prompt, None, 2)) and not registry.removed)
     finally:
         engine.unload("passing")
 
 
-def test_what_another_engine_has_read_is_gone_on_from(engine, tokenizer, monkeypatch):
+def test_a_decision_continues_from_the_prefix_of_another_engine(engine, tokenizer, monkeypatch):
     prompt = ids(tokenizer, "My parcel has not arrived, and nobody answers my letters.")
     arrays = asyncio.run(engine.read(prompt))
     alone = decide(engine, prompt, ["tickets"])
-    engine._prompts._kept.clear()
+    engine._prefix_cache.clear()
     engine.adopt(prompt, arrays)
-    before = engine.figures()["tokens"]
+    before = engine.stats()["num_tokens"]
     assert decide(engine, prompt, ["tickets"]) == pytest.approx(alone, abs=1e-5)
-    assert engine.figures()["tokens"] - before == 1  # the last token
+    assert engine.stats()["num_tokens"] - before == 1  # the last token
 
 
-def test_an_answer_that_is_given_up_leaves(engine, tokenizer):
+def test_an_answer_that_is_abandoned_ends(engine, tokenizer):
     async def give_up() -> None:
         stream = engine.generate(request(ids(tokenizer, "Write a poem about rain."), None, 1000))
         await anext(stream)
         await stream.aclose()
         for _ in range(100):
-            if not engine._answers:
+            if not engine._scheduler.running:
                 return
             await asyncio.sleep(0.1)
-        raise AssertionError("it is still being written")
+        raise AssertionError("it is still running")
 
     asyncio.run(give_up())
 
 
-def test_an_answer_longer_than_its_first_room_is_as_transformers_writes_it(engine, config, base, tokenizer):
+def test_a_long_answer_is_as_transformers_writes_it(engine, config, base, tokenizer):
     prompt = ids(tokenizer, "Count from one to one hundred.")
     model = load_model(base, config.base_model)
     theirs = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=150, do_sample=False)[0, len(prompt) :]
@@ -362,15 +369,15 @@ def test_an_answer_longer_than_its_first_room_is_as_transformers_writes_it(engin
     assert ours == [token for token in theirs.tolist() if token not in engine.eos]
 
 
-def test_kept_prefixes_are_bounded(engine, tokenizer, monkeypatch):
-    monkeypatch.setattr(engine._prompts, "room", 100)
+def test_cached_prompts_are_bounded(engine, tokenizer, monkeypatch):
+    monkeypatch.setattr(engine._prefix_cache, "capacity", 100)
     for number in range(8):
         decide(engine, ids(tokenizer, f"Question number {number}"), ["dates"])
-        kept = list(engine._prompts)
-        assert sum(prompt.size for prompt in kept[:-1]) <= 100
+        cached = list(engine._prefix_cache)
+        assert sum(prompt.num_tokens for prompt in cached[:-1]) <= 100
 
 
-def test_a_full_form_expert_reads_the_whole_prompt_by_itself(engine, experts, config, base, tokenizer):
+def test_a_full_form_expert_applies_to_the_whole_prompt(engine, experts, config, base, tokenizer):
     """The same weights applied from the first token on decide as PEFT's plain LoRA does."""
     from peft import PeftModel
 

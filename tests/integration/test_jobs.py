@@ -1,7 +1,4 @@
-"""Jobs: what is uploaded with them, how long they are, how they end.
-
-`jobs/experiments/lose_node.py` submits them for real.
-"""
+"""Jobs as processes: their help, how they fail, and what is uploaded with them."""
 
 from __future__ import annotations
 
@@ -17,7 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["learn", "serve", "experiments/autoscale"]
+SCRIPTS = sorted(
+    path.relative_to(ROOT / "jobs").with_suffix("").as_posix()
+    for path in (ROOT / "jobs").rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+)
 
 
 def run(job: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -26,16 +27,30 @@ def run(job: str, *arguments: str, **environment: str) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("job", SHORT)
-def test_a_job_parses_calls_and_prints(job):
-    assert len((ROOT / "jobs" / f"{job}.py").read_text().splitlines()) <= 52
+def test_there_are_scripts_to_check():
+    assert {"learn", "serve", "evaluate", "benchmarks/routing", "experiments/autoscale"} <= set(SCRIPTS)
 
 
-@pytest.mark.parametrize("job", SHORT)
-def test_a_job_says_what_it_does(job):
-    done = run(job, "--help")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_says_what_it_does(script):
+    done = run(script, "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["experiments/autoscale", "benchmarks/routing"])
+def test_a_wrong_setting_is_one_line(script):
+    done = run(script, "--set", "fit.rank=3")
+    assert done.returncode == 1
+    assert done.stderr == "error: the configuration is not valid: fit.rank: no such setting\n"
+
+
+def test_a_renamed_setting_is_one_line_of_a_job(tmp_path):
+    done = run("experiments/autoscale", "--set", "serve.pass_tokens=64", "--store", str(tmp_path / "none"))
+    assert done.returncode == 1  # no such store: nothing is started
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith("warning: the setting pass_tokens is now called max_num_batched_tokens")
+    assert error.startswith("error: the expert store")
 
 
 @pytest.mark.parametrize(("job", "arguments"), [("learn", ["tickets.jsonl"]), ("serve", [])])
@@ -58,17 +73,23 @@ def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_only_what_jobs_need_is_uploaded(tmp_path):
-    """With Ray's own packaging, from a working tree in which people have worked."""
-    from ray._private.ray_constants import get_runtime_env_default_excludes
-    from ray._private.runtime_env.packaging import create_package
-
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the tracked files."""
     tree = tmp_path / "tree"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in tracked.splitlines():
         if (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+def test_only_what_jobs_need_is_uploaded(tree, tmp_path):
+    """With Ray's own packaging, from a working tree in which people have worked."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
     for left in (".venv/lib/torch.so", "experts/a/1/adapter.safetensors", "runs/a/events", "see-demo/x", ".git/pack"):
         (tree / left).parent.mkdir(parents=True, exist_ok=True)
         (tree / left).write_bytes(os.urandom(1000))

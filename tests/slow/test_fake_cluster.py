@@ -11,6 +11,9 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "jobs" / "experiments")])}
+"""`loadtest` is found beside a script in jobs/experiments, but not from `python -c`."""
+
 SCRIPT = """
 import pathlib, sys, time, ray, psutil
 from loadtest.fake_cluster import FakeCluster
@@ -26,7 +29,7 @@ def waited(count):
 
 with FakeCluster({"CPU": 1}, 2, idle_s=3) as cluster:
     ray.init(address=cluster.address, log_to_driver=False)
-    seen = [nodes()]
+    counts = [nodes()]
     go = pathlib.Path(sys.argv[1])
 
     def work():
@@ -34,14 +37,14 @@ with FakeCluster({"CPU": 1}, 2, idle_s=3) as cluster:
             time.sleep(0.1)
 
     pending = [ray.remote(num_cpus=1)(work).remote() for _ in range(2)]
-    seen.append(waited(2))
+    counts.append(waited(2))
     go.touch()
     ray.get(pending)
-    seen.append(waited(0))
+    counts.append(waited(0))
     folder = str(cluster._folder)
     ray.shutdown()
 left = [p.pid for p in psutil.process_iter(["cmdline"]) if folder in " ".join(p.info["cmdline"] or [])]
-print(seen, left)
+print(counts, left)
 """
 
 
@@ -50,7 +53,7 @@ def test_nodes_come_with_demand_go_when_idle_and_leave_nothing_behind(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, tmp_path / "go"],
         cwd=ROOT,
-        env=os.environ,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=240,
@@ -68,10 +71,16 @@ with FakeCluster({"CPU": 1}, 1) as cluster:
     time.sleep(600)
 """
     with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as process:
         assert process.stdout is not None
         folder = process.stdout.readline().strip()
+        assert folder
         assert Path(folder).is_dir()
         process.terminate()
         assert process.wait(timeout=60) != 0

@@ -24,8 +24,9 @@ IMPORTS_RAY = {
     "serving.replica", "serving.topology",
 }  # fmt: skip
 IMPORTS_TORCH_AT_ONCE = {
-    "engine.engine", "engine.forward_batch", "engine.kernels", "engine.kv_cache", "engine.lora", "engine.prefix_cache",
-    "engine.requests", "engine.turns", "engine.vllm.engine", "fit.optimizer_state", "fit.rank_batches", "fit.trainer",
+    "engine.attention", "engine.engine", "engine.forward_batch", "engine.kernels", "engine.kv_cache", "engine.lora",
+    "engine.model_runner", "engine.prefix_cache", "engine.requests", "engine.sampling", "engine.scheduler",
+    "engine.vllm.engine", "fit.optimizer_state", "fit.rank_batches", "fit.trainer", "models.attention_override",
     "models.prefix_kv",
 }  # fmt: skip
 

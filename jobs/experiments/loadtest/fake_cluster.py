@@ -1,8 +1,8 @@
 """A Ray cluster on this machine whose nodes come and go: the real autoscaler, with processes as nodes.
 
-Ray's fake node provider starts a raylet where a cloud would start a machine; everything else, from demand to
-idle timeout, is what runs on a cloud. Ray's own `AutoscalingCluster` does the same but begins and ends with
-`ray stop`, which ends every Ray on the machine; this one touches its own processes only.
+Ray's fake node provider starts a raylet where a cloud would start a machine; everything else, from demand to idle
+timeout, is as on a cloud. Ray's own `AutoscalingCluster` does the same, but begins and ends with `ray stop`, which
+ends every Ray on the machine; this class touches its own processes only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ START_S = 60.0
 """Seconds that the head may take to start."""
 
 HEAD = "ray.head.default"
-"""What the fake provider calls the head's kind of node."""
+"""The fake provider's name of the head's node type."""
+
+ENVIRONMENT = {
+    "RAY_FAKE_CLUSTER": "1",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray takes another address than loopback
+}
 
 _EMPTY_LISTS = (
     "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "rsync_filter",
@@ -37,10 +43,10 @@ _EMPTY_LISTS = (
 
 
 class FakeCluster:
-    """A head and workers that the autoscaler starts and stops; a context manager.
+    """A head node, and worker nodes that the autoscaler starts and stops; a context manager.
 
-    Meanwhile SIGTERM is taken as Ctrl-C, so that a process that is told to end takes its cluster with it: whoever looks
-    for a Ray on this machine later would find what was left.
+    Inside the block SIGTERM acts as Ctrl-C, so that a terminated process takes its cluster with it: a Ray that is left
+    behind would be found by the next process that looks for one on this machine.
 
     Args:
         node: resources of a worker node, such as `{"CPU": 1}`.
@@ -60,57 +66,69 @@ class FakeCluster:
         cluster.set_environment()
         from ray._private import ray_constants
 
-        self._folder = Path(tempfile.mkdtemp(prefix="see", dir="/tmp"))  # sockets want short paths
+        self._folder = Path(tempfile.mkdtemp(prefix="see", dir="/tmp"))  # paths of sockets must be short
+        self._log = self._folder / "log"
         with socket.create_server(("127.0.0.1", 0)) as server:
             self.address = f"127.0.0.1:{server.getsockname()[1]}"
-        (self._folder / "autoscaler.json").write_text(json.dumps(self._settings()), encoding="utf-8")
-        self._on_term = None
-        if threading.current_thread() is threading.main_thread():  # the only one that may set it
-            self._on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        command = [
-            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--include-dashboard=false",
-            "--node-ip-address=127.0.0.1", f"--port={self.address.partition(':')[2]}",
-            f"--num-cpus={self._head_cpus:g}", f"--temp-dir={self._folder / 'ray'}",
-            f"--autoscaling-config={self._folder / 'autoscaler.json'}", "--object-store-memory=200000000",
-        ]  # fmt: skip
-        environment = {
-            "RAY_FAKE_CLUSTER": "1",
-            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # or Ray would take another address than loopback
-        }
-        ray_constants.ENABLE_RAY_CLUSTER = False  # the same in this process, where it has been read already
-        with (self._folder / "log").open("wb") as log:
-            self._head = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
-        until = time.monotonic() + START_S
-        while "Ray runtime started" not in (self._folder / "log").read_text(errors="replace"):
-            if self._head.poll() is not None or time.monotonic() > until:
-                said = (self._folder / "log").read_text(errors="replace")[-500:]
-                self.__exit__(None, None, None)
-                raise ServingError(f"Ray's head did not start within {START_S:.0f} s: {said}")
-            time.sleep(0.2)
+        (self._folder / "autoscaler.json").write_text(json.dumps(self._autoscaler_config()), encoding="utf-8")
+        self._previous_handler = None
+        if threading.current_thread() is threading.main_thread():  # only this one may set it
+            self._previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        ray_constants.ENABLE_RAY_CLUSTER = False  # as ENVIRONMENT says, which this process has read already
+        with self._log.open("wb") as log:
+            self._head = subprocess.Popen(self._head_command(), stdout=log, stderr=log, env=os.environ | ENVIRONMENT)
+        self._wait_for_head()
         return self
 
+    def _wait_for_head(self) -> None:
+        deadline = time.monotonic() + START_S
+        while "Ray runtime started" not in self._log.read_text(errors="replace"):
+            if self._head.poll() is not None or time.monotonic() > deadline:
+                output = self._log.read_text(errors="replace")[-500:]
+                self._stop()
+                raise ServingError(f"Ray's head did not start within {START_S:.0f} s: {output}")
+            time.sleep(0.2)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        """Kill the cluster's processes, and no others."""
         import psutil
 
-        mine = psutil.Process(self._head.pid).children(recursive=True) if self._head.poll() is None else []
-        for process in psutil.process_iter(["cmdline"]):  # orphans still name the folder, which nobody else has
-            if str(self._folder) in " ".join(process.info["cmdline"] or []) and process not in mine:
-                mine.append(process)
-                mine.extend(process.children(recursive=True))
-        if self._head.poll() is None:
+        running = self._head.poll() is None
+        processes = psutil.Process(self._head.pid).children(recursive=True) if running else []
+        for process in psutil.process_iter(["cmdline"]):  # orphans have this cluster's folder on their command line
+            if str(self._folder) in " ".join(process.info["cmdline"] or []) and process not in processes:
+                processes.append(process)
+                processes.extend(process.children(recursive=True))
+        if running:
             self._head.kill()
-        for process in mine:
+        for process in processes:
             if process.is_running():
                 process.kill()
         self._head.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
-        if self._on_term is not None:
-            signal.signal(signal.SIGTERM, self._on_term)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
 
-    def _settings(self) -> dict[str, Any]:
-        provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-        kinds = {
+    def _head_command(self) -> list[str]:
+        return [
+            str(Path(sys.executable).parent / "ray"),
+            "start",
+            "--head",
+            "--block",
+            "--include-dashboard=false",
+            "--node-ip-address=127.0.0.1",
+            f"--port={self.address.partition(':')[2]}",
+            f"--num-cpus={self._head_cpus:g}",
+            f"--temp-dir={self._folder / 'ray'}",
+            f"--autoscaling-config={self._folder / 'autoscaler.json'}",
+            "--object-store-memory=200000000",
+        ]
+
+    def _autoscaler_config(self) -> dict[str, Any]:
+        node_types = {
             HEAD: {"resources": {"CPU": self._head_cpus}, "node_config": {}, "max_workers": 0},
             "worker": {
                 "resources": {**self._node, "object_store_memory": 100_000_000},
@@ -123,12 +141,12 @@ class FakeCluster:
             "cluster_name": "see",
             "provider": {
                 "type": "external",
-                "module": provider,
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
                 "gcs_address": self.address,
                 "launch_multiple": True,
                 "use_node_id_as_ip": True,  # all nodes have the same address
             },
-            "available_node_types": kinds,
+            "available_node_types": node_types,
             "head_node_type": HEAD,
             "max_workers": self._max_nodes,
             "upscaling_speed": 100.0,

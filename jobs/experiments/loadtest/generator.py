@@ -1,10 +1,10 @@
-"""Offering load to an endpoint, open-loop: arrivals come when they come and wait for no answer.
+"""Open-loop load on an endpoint: requests are sent when they are due, whether or not others were answered.
 
-    arrivals(profile, seconds, draw, seed)  -> when which query comes: a Poisson process with a rate that changes
-    offer(url, arrivals)                    -> what became of each
+    poisson_arrivals(rate, seconds, draw, seed)  -> when which query is due: a Poisson process with a changing rate
+    offer_load(url, arrivals)                    -> the outcome of each
 
-A closed loop (so many users, each waiting for an answer before the next question) slows down with the endpoint
-and hides its overload; the usual load tools are of that kind.
+A closed loop (so many users, each waiting for an answer before the next question) slows down with the endpoint and
+hides its overload; the usual load tools are of that kind.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import httpx
 
 from see_ray.errors import ConfigError
 
-Profile = Callable[[float], float]
-"""Offered requests a second at a second of the run."""
+Rate = Callable[[float], float]
+"""Second of the run -> offered requests a second."""
 
-Draw = Callable[[float, random.Random], tuple[str, str]]
-"""Which query comes at a second of the run: (its kind, its text)."""
+DrawQuery = Callable[[float, random.Random], tuple[str, str]]
+"""Second of the run, random generator -> a query: (kind, text)."""
 
-TOKENS = 8
-"""Longest answer that is asked for where nothing else is said."""
+MAX_TOKENS = 8
+"""Default limit of an answer, in tokens."""
 
-PATIENCE_S = 120.0
+TIMEOUT_S = 120.0
 """Seconds after which a client gives up."""
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request that is to come `at` seconds after the start; `kind` is for the report."""
+    """A request that is due `at` seconds after the start; `kind` is for the report."""
 
     at: float
     kind: str
@@ -44,15 +44,15 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an arrival.
+    """The outcome of one arrival.
 
     Attributes:
         at: seconds after the start when it was due.
         late: seconds by which it was sent later than that: the generator's own delay.
-        status: of HTTP; 0 where there was no whole answer.
-        seconds: from sending to the answer's end.
+        status: HTTP status; 0 where there was no complete response.
+        seconds: from sending to the end of the answer.
         answered_by: the expert, `generalist`, or empty.
-        retry_after: of a refusal, in seconds.
+        retry_after: seconds, of a refusal.
         tokens: of the answer.
     """
 
@@ -66,11 +66,15 @@ class Outcome:
     tokens: int = 0
 
 
-def profile(name: str, base: float, peak: float, seconds: float) -> Profile:
-    """A load profile by name, between two rates.
+def load_profile(name: str, base: float, peak: float, seconds: float) -> Rate:
+    """A load profile by name, in requests a second between `base` and `peak`.
 
-    steady, step, ramp, spike: `base`, and from a third on `peak`; rising evenly; for a tenth of the time `peak`.
-    diurnal: two days' waves. idle: nothing, then `peak` for a quarter, then nothing again.
+    - steady: `base`.
+    - step: `base`, then `peak` after a third of the time.
+    - ramp: rising linearly from `base` to `peak`.
+    - spike: `base`, with `peak` for a tenth of the time.
+    - diurnal: two sine waves between the two.
+    - idle: nothing, then `peak` for a quarter of the time, then nothing.
 
     Raises:
         ConfigError: no profile of that name.
@@ -82,7 +86,7 @@ def profile(name: str, base: float, peak: float, seconds: float) -> Profile:
     def diurnal(t: float) -> float:
         return base + (peak - base) * (1 - math.cos(4 * math.pi * t / seconds)) / 2
 
-    profiles: dict[str, Profile] = {
+    profiles: dict[str, Rate] = {
         "steady": lambda t: base,
         "step": lambda t: peak if t >= seconds / 3 else base,
         "ramp": ramp,
@@ -95,56 +99,68 @@ def profile(name: str, base: float, peak: float, seconds: float) -> Profile:
     return profiles[name]
 
 
-def arrivals(rate: Profile, seconds: float, draw: Draw, seed: int = 0) -> list[Arrival]:
-    """A Poisson process whose rate changes as `rate` says, by thinning (Lewis and Shedler, 1979)."""
-    chance = random.Random(seed)
-    most = max(rate(seconds * step / 1000) for step in range(1001))
-    made: list[Arrival] = []
+def poisson_arrivals(rate: Rate, seconds: float, draw: DrawQuery, seed: int = 0) -> list[Arrival]:
+    """Arrivals of a Poisson process with a time-varying rate, by thinning (Lewis and Shedler, 1979)."""
+    rng = random.Random(seed)
+    max_rate = max(rate(seconds * step / 1000) for step in range(1001))
+    arrivals: list[Arrival] = []
     t = 0.0
-    while most > 0:
-        t += chance.expovariate(most)
+    while max_rate > 0:
+        t += rng.expovariate(max_rate)
         if t >= seconds:
             break
-        if chance.random() < rate(t) / most:
-            made.append(Arrival(t, *draw(t, chance)))
-    return made
+        if rng.random() < rate(t) / max_rate:
+            arrivals.append(Arrival(t, *draw(t, rng)))
+    return arrivals
 
 
-async def offer(
-    url: str, coming: Sequence[Arrival], *, model: str = "see", max_tokens: int = TOKENS, api_key: str | None = None
+async def offer_load(
+    url: str,
+    arrivals: Sequence[Arrival],
+    *,
+    model: str = "see",
+    max_tokens: int = MAX_TOKENS,
+    api_key: str | None = None,
 ) -> list[Outcome]:
-    """Send each arrival when it is due, however many are under way, and wait for the last.
+    """Send each arrival when it is due, however many are in flight, and wait for the last.
 
     Args:
         url: of the endpoint.
-        coming: in order of time.
-        model: who is asked, as in a request.
-        max_tokens: longest answer.
+        arrivals: in order of time.
+        model: the request's `model`.
+        max_tokens: limit of each answer.
         api_key: where the endpoint asks for one.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    timeout = httpx.Timeout(PATIENCE_S)
-    began = time.monotonic()
-    async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout) as client:
+    started = time.monotonic()
+    async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=TIMEOUT_S) as client:
 
-        async def one(arrival: Arrival) -> Outcome:
-            chat = [{"role": "user", "content": arrival.text}]
-            body = {"model": model, "messages": chat, "max_tokens": max_tokens}
+        async def send(arrival: Arrival) -> Outcome:
+            messages = [{"role": "user", "content": arrival.text}]
+            body = {"model": model, "messages": messages, "max_tokens": max_tokens}
             sent = time.monotonic()
-            status, who, retry, tokens = 0, "", None, 0
+            status, answered_by, retry_after, tokens = 0, "", None, 0
             try:
                 response = await client.post("/v1/chat/completions", json=body)
-                status, who = response.status_code, response.headers.get("x-see-expert", "")
-                retry = int(response.headers["retry-after"]) if "retry-after" in response.headers else None
+                status, answered_by = response.status_code, response.headers.get("x-see-expert", "")
+                retry_after = int(response.headers["retry-after"]) if "retry-after" in response.headers else None
                 tokens = response.json()["usage"]["completion_tokens"] if status == 200 else 0
             except httpx.HTTPError:
                 pass
-            late = sent - began - arrival.at
-            return Outcome(arrival.at, arrival.kind, late, status, time.monotonic() - sent, who, retry, tokens)
+            return Outcome(
+                at=arrival.at,
+                kind=arrival.kind,
+                late=sent - started - arrival.at,
+                status=status,
+                seconds=time.monotonic() - sent,
+                answered_by=answered_by,
+                retry_after=retry_after,
+                tokens=tokens,
+            )
 
-        under_way = []
-        for arrival in coming:
-            await asyncio.sleep(max(0.0, began + arrival.at - time.monotonic()))
-            under_way.append(asyncio.create_task(one(arrival)))
-        return list(await asyncio.gather(*under_way))
+        in_flight = []
+        for arrival in arrivals:
+            await asyncio.sleep(max(0.0, started + arrival.at - time.monotonic()))
+            in_flight.append(asyncio.create_task(send(arrival)))
+        return list(await asyncio.gather(*in_flight))

@@ -1,4 +1,4 @@
-"""What a run under load came to: figures, a table of seconds, a picture. Measured and simulated runs alike."""
+"""The report of a run under load, measured or simulated: figures, a CSV of seconds, a plot."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.generator import Outcome
+from see_ray.cli.render import table
 
 FAST_S = 0.1
-"""Seconds within which a refusal is a quick one."""
+"""A refusal within so many seconds counts as fast."""
 
 
 @dataclass(frozen=True)
-class Second:
-    """What was there at one look; `replicas` by application."""
+class ClusterSample:
+    """Worker nodes, and running replicas by application, `at` seconds after the start."""
 
     at: float
     nodes: int
@@ -27,19 +28,20 @@ class Second:
 
 @dataclass(frozen=True)
 class Run:
-    """One profile at one policy."""
+    """One load profile under one scaling policy; `samples` are about a second apart."""
 
     profile: str
     policy: str
     seconds: float
     outcomes: list[Outcome]
-    looks: list[Second] = field(default_factory=list)
+    samples: list[ClusterSample] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Load, latency in seconds, refusals and cost of the whole run."""
         served = [o for o in self.outcomes if o.status == 200]
         refused = [o for o in self.outcomes if o.status == 429]
-        between = [b.at - a.at for a, b in zip(self.looks, self.looks[1:], strict=False)]
+        replicas = [sum(sample.replicas.values()) for sample in self.samples]
+        nodes = [sample.nodes for sample in self.samples]
         return {
             "profile": self.profile,
             "policy": self.policy,
@@ -54,13 +56,16 @@ class Run:
             "refusal_p95_s": quantile([o.seconds for o in refused], 0.95),
             "first_answer_s": round(served[0].seconds, 2) if served else None,
             "sent_late_p95_s": quantile([o.late for o in self.outcomes], 0.95),
-            "replica_seconds": round(
-                sum(sum(s.replicas.values()) * d for s, d in zip(self.looks, between, strict=False))
-            ),
-            "node_seconds": round(sum(s.nodes * d for s, d in zip(self.looks, between, strict=False))),
-            "most_replicas": max((sum(s.replicas.values()) for s in self.looks), default=0),
-            "most_nodes": max((s.nodes for s in self.looks), default=0),
+            "replica_seconds": self._integral(replicas),
+            "node_seconds": self._integral(nodes),
+            "most_replicas": max(replicas, default=0),
+            "most_nodes": max(nodes, default=0),
         }
+
+    def _integral(self, counts: Sequence[int]) -> int:
+        """A count of each sample, times the seconds until the next sample."""
+        seconds = [after.at - before.at for before, after in zip(self.samples, self.samples[1:], strict=False)]
+        return round(sum(count * s for count, s in zip(counts, seconds, strict=False)))
 
 
 COLUMNS = (
@@ -69,56 +74,60 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def as_table(summaries: Sequence[dict[str, Any]]) -> str:
-    """What runs came to, a line each, as a table in Markdown."""
+def summary_table(summaries: Sequence[dict[str, Any]]) -> str:
+    """Summaries of runs, a row each, as a Markdown table; columns that no run has are left out."""
     names = [name for name in COLUMNS if any(name in summary for summary in summaries)]
-    lines = [["" if summary.get(name) is None else str(summary[name]) for name in names] for summary in summaries]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (names, ["---"] * len(names), *lines))
+    rows = [["" if summary.get(name) is None else str(summary[name]) for name in names] for summary in summaries]
+    return table(names, rows, markdown=True)
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
-    """The value that a share of them does not exceed, to the millisecond; None of none."""
+    """The value that a share of the values does not exceed, rounded to 0.001; None where there are none."""
     ranked = sorted(values)
     return round(ranked[min(len(ranked) - 1, int(share * len(ranked)))], 3) if ranked else None
 
 
-def written(run: Run, path: Path) -> None:
-    """A row a second as `path.csv`, every outcome as `path.outcomes.csv`, and the picture `path.png`."""
+def write_run(run: Run, path: Path) -> None:
+    """Write a row a second to `path.csv`, every outcome to `path.outcomes.csv`, and a plot to `path.png`."""
     rows = per_second(run)
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    with path.with_suffix(".outcomes.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(asdict(run.outcomes[0])) if run.outcomes else ["at"])
-        writer.writeheader()
-        writer.writerows(asdict(outcome) for outcome in run.outcomes)
-    draw_run(run, rows, path.with_suffix(".png"))
+    outcomes = [asdict(outcome) for outcome in run.outcomes]
+    _write_csv(path.with_suffix(".csv"), list(rows[0]), rows)
+    _write_csv(path.with_suffix(".outcomes.csv"), list(outcomes[0]) if outcomes else ["at"], outcomes)
+    _plot(run, rows, path.with_suffix(".png"))
 
 
 def per_second(run: Run) -> list[dict[str, Any]]:
-    """What came, what became of it, and what was there, second by second."""
+    """Offered load, outcomes and capacity, second by second."""
     rows = []
-    for look in run.looks:
-        came = [o for o in run.outcomes if look.at <= o.at < look.at + 1]
-        done = [o for o in run.outcomes if o.status == 200 and look.at <= o.at + o.seconds < look.at + 1]
-        times = [o.seconds for o in done]
-        rows.append({
-            "second": round(look.at, 1),
-            "offered": len(came),
-            "served": len(done),
-            "refused": sum(o.status == 429 for o in came),
-            "failed": sum(o.status not in (200, 429) for o in came),
-            "p50_s": round(statistics.median(times), 3) if times else "",
-            "p95_s": quantile(times, 0.95) or "",
-            "nodes": look.nodes,
-            "replicas": sum(look.replicas.values()),
-            "replicas_by_application": json.dumps(look.replicas),
-        })  # fmt: skip
+    for sample in run.samples:
+        offered = [o for o in run.outcomes if sample.at <= o.at < sample.at + 1]
+        served = [o for o in run.outcomes if o.status == 200 and sample.at <= o.at + o.seconds < sample.at + 1]
+        latencies = [o.seconds for o in served]
+        rows.append(
+            {
+                "second": round(sample.at, 1),
+                "offered": len(offered),
+                "served": len(served),
+                "refused": sum(o.status == 429 for o in offered),
+                "failed": sum(o.status not in (200, 429) for o in offered),
+                "p50_s": round(statistics.median(latencies), 3) if latencies else "",
+                "p95_s": quantile(latencies, 0.95) or "",
+                "nodes": sample.nodes,
+                "replicas": sum(sample.replicas.values()),
+                "replicas_by_application": json.dumps(sample.replicas),
+            }
+        )
     return rows
 
 
-def draw_run(run: Run, rows: list[dict[str, Any]], path: Path) -> None:
+def _write_csv(path: Path, columns: list[str], rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _plot(run: Run, rows: list[dict[str, Any]], path: Path) -> None:
     """Load, latency and capacity over time, one above the other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -223,11 +223,11 @@ def _models(config: BaseModelConfig) -> tuple[BaseModel, Any, Any, Any]:
     import torch
 
     from see_ray.engine.engine import EmbeddedEngine
-    from see_ray.fit.rank_batches import bytes_per_token
+    from see_ray.models.prefix_kv import kv_bytes_per_token
 
     base = find(config)
     model = load_model(base, config, "cuda" if torch.cuda.is_available() else "cpu")
-    kept = int(KEPT_PREFIX_GB * 1e9 / bytes_per_token(model, model.dtype))
+    kept = int(KEPT_PREFIX_GB * 1e9 / kv_bytes_per_token(model, model.dtype))
     engine = EmbeddedEngine(base, config, prefix_tokens=kept)
     return base, load_tokenizer(base), model, engine
 

@@ -6,63 +6,63 @@ import random
 from dataclasses import replace
 
 import pytest
-from loadtest.generator import arrivals
-from loadtest.simulation import Design, Times, Work, _Replica, _World, simulate, work_s
+from loadtest.generator import poisson_arrivals
+from loadtest.simulation import EndpointDesign, ServiceTimes, Work, _Replica, _Simulation, processor_seconds, simulate
 
-QUICK = Times(
+QUICK = ServiceTimes(
     read=0.2, read_more=0.16, decide=0.1, decide_more=0.06, decide_also=0.01, token=0.05, token_more=0.01, hop=0.005,
     start=5, node=20,
 )  # fmt: skip
-ONE = Design("shared", ("a",), tokens=1, max_wait_s=1e9)
+ONE = EndpointDesign("shared", ("a",), tokens=1, max_wait_s=1e9)
 
 
 def steady(rate: float, seconds: float, kind: str = "a") -> list:
-    return arrivals(lambda t: rate, seconds, lambda t, chance: (kind, ""), seed=1)
+    return poisson_arrivals(lambda t: rate, seconds, lambda t, rng: (kind, ""), seed=1)
 
 
 def test_alone_a_request_takes_the_sum_of_its_work():
     alone = steady(1, 5)[:1]
     run = simulate(alone, QUICK, replace(ONE, tokens=3), 5)
-    # A hop, reading and deciding in one pass (0.04 is its own); a hop, three tokens.
+    # A hop, prefill and decision in one batch (0.04 is its own); a hop, three tokens.
     assert run.outcomes[0].seconds == pytest.approx(0.005 + 0.26 + 0.005 + 3 * 0.05)
 
 
-def test_a_pass_pays_its_fixed_part_once():
+def test_a_batch_pays_its_fixed_part_once():
     together = [replace(steady(1, 5)[0], at=0) for _ in range(3)]
     times = [outcome.seconds for outcome in simulate(together, QUICK, ONE, 5).outcomes]
-    # 0.04 is a pass's own: 0.22 more for each prompt and its decision, 0.01 for each answer's step.
+    # 0.04 is a batch's own: 0.22 more for each prompt and its decision, 0.01 for each answer's step.
     assert times == pytest.approx([0.005 + 0.04 + 3 * 0.22 + 0.005 + 0.04 + 3 * 0.01] * 3)
 
 
 def test_the_wait_at_a_replica_is_that_of_a_queue_with_one_server():
     """M/D/1 (Pollaczek and Khinchine): the mean wait is u s / (2 (1 - u)) for work of s seconds at utilization u."""
-    world = _World(replace(QUICK, token=QUICK.token_more), replace(ONE, prompts_per_pass=1))
-    replica, waits = _Replica(world), []
+    simulation = _Simulation(replace(QUICK, token=QUICK.token_more), replace(ONE, prompts_per_batch=1))
+    replica, waits = _Replica(simulation), []
 
     def one():
-        came = world.env.now
-        yield replica.work(Work(0.0, 0.5))
-        waits.append(world.env.now - came - 0.5)
+        came = simulation.env.now
+        yield replica.submit(Work(0.0, 0.5))
+        waits.append(simulation.env.now - came - 0.5)
 
     def all_of_them():
         for arrival in steady(1.4, 20000):
-            yield world.env.timeout(arrival.at - world.env.now)
-            world.env.process(one())
+            yield simulation.env.timeout(arrival.at - simulation.env.now)
+            simulation.env.process(one())
 
-    world.env.process(all_of_them())
-    world.env.run(until=20000)
+    simulation.env.process(all_of_them())
+    simulation.env.run(until=20000)
     assert sum(waits) / len(waits) == pytest.approx(0.7 * 0.5 / (2 * 0.3), rel=0.05)
 
 
 def test_per_expert_asks_one_after_another_and_each_reads_the_prompt():
-    design = Design("per_expert", ("a", "b", "c"), tokens=1)
+    design = EndpointDesign("per_expert", ("a", "b", "c"), tokens=1)
     (first,) = simulate(steady(1, 5, "a")[:1], QUICK, design, 5).outcomes
     (last,) = simulate(steady(1, 5, "c")[:1], QUICK, design, 5).outcomes
     assert last.seconds - first.seconds == pytest.approx(2 * (0.005 + 0.26))
 
 
 def test_a_prompt_that_is_read_once_is_handed_on():
-    design = Design("per_expert", ("a", "b", "c"), tokens=1, share_prefix=True)
+    design = EndpointDesign("per_expert", ("a", "b", "c"), tokens=1, share_prefix=True)
     times = replace(QUICK, hand=0.003)
     (last,) = simulate(steady(1, 5, "c")[:1], times, design, 5).outcomes
     # A hop and reading; three hops (the first meanwhile), taking over and deciding; a hop, the first token.
@@ -72,7 +72,7 @@ def test_a_prompt_that_is_read_once_is_handed_on():
 
 
 def test_lookahead_asks_several_at_once():
-    design = Design("per_expert", tuple("abcd"), tokens=1)
+    design = EndpointDesign("per_expert", tuple("abcd"), tokens=1)
     (one,) = simulate(steady(1, 5, "d")[:1], QUICK, design, 5).outcomes
     (four,) = simulate(steady(1, 5, "d")[:1], QUICK, replace(design, lookahead=4), 5).outcomes
     assert one.seconds - four.seconds == pytest.approx(3 * (0.005 + 0.26))
@@ -91,9 +91,9 @@ def test_overload_is_refused_and_the_served_wait_a_bounded_time():
 def test_replicas_come_with_the_load_and_go():
     scaling = replace(ONE, max_replicas=8, look_back_period_s=3, upscale_delay_s=2, downscale_delay_s=10)
     coming = [a for a in steady(8, 100) if a.at < 60]
-    looks = simulate([*coming, replace(coming[-1], at=150)], QUICK, scaling, 150).looks
-    assert max(sum(look.replicas.values()) for look in looks) == 8
-    assert sum(looks[-1].replicas.values()) == 1
+    samples = simulate([*coming, replace(coming[-1], at=150)], QUICK, scaling, 150).samples
+    assert max(sum(sample.replicas.values()) for sample in samples) == 8
+    assert sum(samples[-1].replicas.values()) == 1
 
 
 def test_from_zero_the_first_waits_for_node_and_replica():
@@ -103,10 +103,10 @@ def test_from_zero_the_first_waits_for_node_and_replica():
 
 
 def test_work_is_what_processors_do_for_a_query_wherever_they_are():
-    design = Design("per_expert", ("a", "b"), tokens=2, lookahead=2, share_prefix=True)
+    design = EndpointDesign("per_expert", ("a", "b"), tokens=2, lookahead=2, share_prefix=True)
     times = replace(QUICK, hand=0.003)
     # Reading once; both decide, at the same time; two tokens; hops: reading, two decisions, answering.
-    assert work_s("a", times, design) == pytest.approx(0.2 + 2 * 0.103 + 2 * 0.05 + 4 * 0.005)
+    assert processor_seconds("a", times, design) == pytest.approx(0.2 + 2 * 0.103 + 2 * 0.05 + 4 * 0.005)
 
 
 def test_what_else_runs_on_the_machine_takes_its_share():
