@@ -1,12 +1,12 @@
-"""Every error that a user can meet.
+"""All errors that users see.
 
     SeeError
     ├── ConfigError            a setting is missing, misspelt or out of bounds
-    ├── BaseModelError         the base model cannot be found, read or trusted
+    ├── BaseModelError         the base model cannot be found or read, or would run code
     │   └── FingerprintError   an expert was fitted on another base model
     ├── TaskError              an arriving task cannot be read
-    │   └── BadRowsError       some of its rows are not usable; lists them
-    ├── FitError               fitting an expert stopped
+    │   └── BadRowsError       some of its rows cannot be used; lists them
+    ├── FitError               fitting an expert failed
     ├── GateError              a fitted expert was set aside
     ├── StoreError             the expert store cannot be read or written
     │   ├── NotFoundError      no such expert or sequence version
@@ -15,14 +15,13 @@
     └── ServingError           the endpoint cannot start or cannot answer
         └── RequestError       a request cannot be answered as it stands (HTTP 4xx)
 
-A message says what failed, what was found, and what to do next. These errors cross
-process boundaries (Ray pickles them), so every subclass with arguments of its own
-hands all of them to ``super().__init__``.
+A message says what failed, what was found, and what to do next. These errors cross process boundaries (Ray pickles
+them), so every subclass with arguments of its own passes all of them to `super().__init__`.
 """
 
 
 class SeeError(Exception):
-    """Base of all errors that users see; the CLI prints its message as one line."""
+    """Base of all errors that users see; the command line prints the message on one line."""
 
 
 class ConfigError(SeeError):
@@ -30,11 +29,11 @@ class ConfigError(SeeError):
 
 
 class BaseModelError(SeeError):
-    """The base model cannot be found, read or trusted."""
+    """The base model cannot be found or read, or loading it would run code."""
 
 
 class FingerprintError(BaseModelError):
-    """An expert was fitted on another base model than the one at hand."""
+    """An expert was fitted on another base model than the present one."""
 
 
 class TaskError(SeeError):
@@ -42,7 +41,12 @@ class TaskError(SeeError):
 
 
 class BadRowsError(TaskError):
-    """Some rows of a task are unusable. ``rows`` lists them as (where, reason)."""
+    """Some rows of a task cannot be used.
+
+    Args:
+        message: lists the first of them.
+        rows: all of them, as (where, reason).
+    """
 
     def __init__(self, message: str, rows: tuple[tuple[str, str], ...]):
         super().__init__(message, rows)
@@ -53,7 +57,7 @@ class BadRowsError(TaskError):
 
 
 class FitError(SeeError):
-    """Fitting an expert stopped."""
+    """Fitting an expert failed."""
 
 
 class GateError(SeeError):
@@ -84,12 +88,12 @@ class RequestError(ServingError):
     """A request cannot be answered as it stands; becomes an OpenAI error body.
 
     Args:
-        message: what is wrong, with the numbers that matter.
+        message: what is wrong, with the numbers concerned.
         status: HTTP status code.
-        type: OpenAI error type, such as ``invalid_request_error``.
-        param: name of the request field at fault, or None.
-        code: OpenAI error code, such as ``model_not_found``, or None.
-        retry_after_s: seconds after which to try again, where there is a point in it.
+        type: OpenAI error type, such as `invalid_request_error`.
+        param: name of the invalid request field, or None.
+        code: OpenAI error code, such as `model_not_found`, or None.
+        retry_after_s: seconds after which to try again; None if that would not help.
     """
 
     def __init__(

@@ -21,12 +21,12 @@ from see_ray.admission.calibrate import Calibration
 from see_ray.admission.candidate import Candidate
 from see_ray.admission.gate import Verdict
 from see_ray.admission.publication import Publication
-from see_ray.cluster import as_fit_worker, result_of
 from see_ray.config import Config
-from see_ray.data.general_queries import Chat, general_cache, needed_general, read_general_file, write_cache
+from see_ray.data.general_sampling import load_or_sample_general
 from see_ray.data.prepared import Prepared
 from see_ray.data.reconstruct import KINDS, Reconstruction, reconstruct
-from see_ray.data.task import Row, Task, read_task
+from see_ray.data.rows import Row, TokenLimit
+from see_ray.data.task import SplitOptions, Task, read_task
 from see_ray.fit.launch import fit_expert
 from see_ray.fit.progress_bridge import ProgressBridge
 from see_ray.fit.report import FitSummary, Fitted
@@ -35,7 +35,9 @@ from see_ray.fit.tracking import Tracker, draw_losses
 from see_ray.models.activation import activation_of, encode_prompt
 from see_ray.models.base_model import BaseModel, context_length, find, load_tokenizer
 from see_ray.progress import Listener
-from see_ray.store.expert_store import ExpertSequence, ExpertStore, Manifest
+from see_ray.store.expert_files import kept_chats
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertSequence, Manifest
 
 __all__ = ["Learned", "Prepared", "Source", "learn", "prepare"]
 
@@ -119,8 +121,8 @@ def prepare(source: Source, config: Config, listener: Listener, *, replace: bool
     store = ExpertStore.open(config.store.url)
     head = store.head()
     newcomers.check_can_join(store, head, task.name, base, replace=replace)
-    earlier = {ref.name: newcomers.kept_chats(store, ref) for ref in head.experts if ref.name != task.name}
-    general = _general_queries(base, config, listener)
+    earlier = {ref.name: kept_chats(store, ref) for ref in head.experts if ref.name != task.name}
+    general = load_or_sample_general(base, config, listener)
     reconstruction = reconstruct(
         task, tokenizer, activation, config.reconstruct, earlier=earlier, general=general, seed=config.fit.seed
     )
@@ -132,16 +134,17 @@ def _read_task(source: Source, base: BaseModel, tokenizer: Any, config: Config) 
         response = tokenizer(row.response, add_special_tokens=False)["input_ids"]
         return len(encode_prompt(tokenizer, row.messages)) + len(response) + 2  # indicator, end of turn
 
+    reconstruct_config = config.reconstruct
     return read_task(
         source.path,
         name=source.name,
-        eval_share=config.reconstruct.eval_share,
-        seed=config.fit.seed,
-        max_rows=source.max_rows,
-        max_eval_rows=config.reconstruct.max_eval_rows,
+        split=SplitOptions(
+            reconstruct_config.eval_share, config.fit.seed, source.max_rows, reconstruct_config.max_eval_rows
+        ),
+        token_limit=TokenLimit(
+            min(config.fit.max_length or 1 << 30, context_length(base, config.base_model)), count_tokens
+        ),
         skip_bad_rows=source.skip_bad_rows,
-        max_length=min(config.fit.max_length or 1 << 30, context_length(base, config.base_model)),
-        count_tokens=count_tokens,
     )
 
 
@@ -163,60 +166,6 @@ def _fit(prepared: Prepared, config: Config, folder: Path, listener: Listener) -
         fitted = fit_expert(prepared.task.name, spec, folder, bridge)
     draw_losses(fitted.summary, folder / "fit.png")
     return fitted
-
-
-def _general_queries(base: BaseModel, config: Config, listener: Listener) -> list[Chat]:
-    needed = needed_general(config.reconstruct)
-    if needed == 0:
-        return []
-    if config.reconstruct.general_negatives_file is not None:
-        chats = read_general_file(config.reconstruct.general_negatives_file)
-        if len(chats) < needed:
-            file = config.reconstruct.general_negatives_file
-            listener.note(
-                f"{file} holds {len(chats)} general queries of the {needed} wanted "
-                "(reconstruct.general_negatives and half as many more, held out to calibrate)"
-            )
-        return chats
-    cached = general_cache(base, config.base_model, config.fit.seed)
-    if cached.is_file() and len(found := read_general_file(cached)) >= needed:
-        return found[:needed]
-    listener.step(f"Sampling {needed} general queries from the base model (once; kept in the cache)")
-    import ray
-
-    board = ray.remote(_Counter).options(num_cpus=0).remote()
-    pending = as_fit_worker(_sample_general, config.fit).remote(config, needed, board)
-    while not ray.wait([pending], timeout=1)[0]:
-        listener.progress("sampling", *ray.get(board.read.remote(), timeout=30))
-    chats = result_of(pending)
-    if not cached.is_file():  # sampled on another node
-        write_cache(cached, chats)
-    return chats
-
-
-def _sample_general(config: Config, count: int, board: Any) -> list[Chat]:
-    import os
-
-    import torch
-
-    from see_ray.data.general_queries import sample_general
-
-    torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
-    base = find(config.base_model)
-    return sample_general(base, config.base_model, count, config.fit.seed, lambda *now: board.write.remote(now))
-
-
-class _Counter:
-    """A Ray actor that remembers (done, total)."""
-
-    def __init__(self) -> None:
-        self._now = (0, 1)
-
-    def write(self, now: tuple[int, int]) -> None:
-        self._now = now
-
-    def read(self) -> tuple[int, int]:
-        return self._now
 
 
 def _counts(reconstruction: Reconstruction) -> str:

@@ -30,8 +30,9 @@ from see_ray.cli.progress_bar import TerminalListener
 from see_ray.cli.render import table
 from see_ray.cli.run import run
 from see_ray.config import Config, load_config
+from see_ray.cpus import available_cpus
 from see_ray.data.reconstruct import Example
-from see_ray.data.task import read_task
+from see_ray.data.task import SplitOptions, read_task
 from see_ray.evaluate.baselines.experiment import accept_example
 from see_ray.fit.launch import fit_expert
 from see_ray.fit.spec import FitSpec
@@ -88,7 +89,8 @@ def accept_examples(path: Path, rows: int, base: BaseModel, config: Config) -> l
     """A task's rows as accept examples."""
     tokenizer = load_tokenizer(base)
     activation = activation_of(tokenizer, config.base_model, config.fit)
-    return [accept_example(row, tokenizer, activation) for row in read_task(path, max_rows=rows).train]
+    task = read_task(path, split=SplitOptions(max_rows=rows))
+    return [accept_example(row, tokenizer, activation) for row in task.train]
 
 
 def fit_once(kind: str, examples: list[Example], base: BaseModel, config: Config) -> Seconds:
@@ -112,8 +114,6 @@ def fit_once(kind: str, examples: list[Example], base: BaseModel, config: Config
 
 def hf_trainer(examples: list[Example], config: Config) -> float:
     """Seconds of Hugging Face Trainer with PEFT, used as in their documentation."""
-    import os
-
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -121,7 +121,7 @@ def hf_trainer(examples: list[Example], config: Config) -> float:
     from see_ray.models.base_model import load_model
 
     fit = config.fit
-    torch.set_num_threads(fit.threads_per_worker or os.cpu_count() or 1)
+    torch.set_num_threads(fit.threads_per_worker or available_cpus())
     base = find(config.base_model)
     model = load_model(base, config.base_model, "cuda" if torch.cuda.is_available() else "cpu")
     lora = LoraConfig(task_type="CAUSAL_LM", r=fit.r, lora_alpha=fit.lora_alpha, target_modules=fit.target_modules)
@@ -155,14 +155,12 @@ def hf_trainer(examples: list[Example], config: Config) -> float:
 
 def bare_loop(examples: list[Example], config: Config) -> float:
     """Seconds of the activated form's prefixes and steps, with PyTorch alone."""
-    import os
-
     import torch
 
     from see_ray.fit.local import fit_local
     from see_ray.models.base_model import load_model
 
-    torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
+    torch.set_num_threads(config.fit.threads_per_worker or available_cpus())
     base = find(config.base_model)
     activation = activation_of(load_tokenizer(base), config.base_model, config.fit)
     model = load_model(base, config.base_model, "cuda" if torch.cuda.is_available() else "cpu")

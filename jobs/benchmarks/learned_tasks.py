@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from see_ray.config import Config
-from see_ray.data.task import Row, read_task
+from see_ray.data.rows import Row
+from see_ray.data.task import SplitOptions, read_task
 from see_ray.pipeline import Learned, Source, learn
 from see_ray.progress import Listener
 from see_ray.store.expert_store import ExpertStore
@@ -35,4 +36,4 @@ def learn_missing(
 
 def test_rows(data: Path, name: str, rows: int) -> Sequence[Row]:
     """The first rows of `NAME.test.jsonl`."""
-    return read_task(data / f"{name}.test.jsonl", name=name, max_rows=rows).train
+    return read_task(data / f"{name}.test.jsonl", name=name, split=SplitOptions(max_rows=rows)).train

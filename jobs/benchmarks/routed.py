@@ -24,7 +24,7 @@ from see_ray.cli.progress_bar import TerminalListener
 from see_ray.cli.render import table
 from see_ray.cli.run import run
 from see_ray.config import load_config
-from see_ray.data.task import Row
+from see_ray.data.rows import Row
 from see_ray.routing.chain import GENERALIST
 from see_ray.serving import endpoint
 

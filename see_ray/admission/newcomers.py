@@ -11,7 +11,6 @@ from its own is it fitted again, with the newcomers' rehearsal queries among its
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +18,14 @@ from typing import Any
 
 from see_ray.cluster import as_fit_worker, result_of
 from see_ray.config import Config
-from see_ray.data.general_queries import Chat
+from see_ray.cpus import available_cpus
 from see_ray.data.reconstruct import Reconstruction
 from see_ray.errors import FingerprintError, LiveError, SeeError
 from see_ray.models.activation import Activation, encode_prompt
 from see_ray.models.base_model import BaseModel, find
-from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore
+from see_ray.store.expert_files import kept_chats
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, ExpertSequence
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -83,14 +84,6 @@ def refuse_newcomers(known: frozenset[str], name: str) -> Callable[[ExpertSequen
     return check
 
 
-def kept_chats(store: ExpertStore, ref: ExpertRef) -> tuple[list[Chat], list[Chat]]:
-    """The queries that an expert keeps for later ones: (rehearsal, held out)."""
-    return tuple(
-        [json.loads(line)["messages"] for line in store.read_text(ref, file).split("\n") if line]
-        for file in ("rehearsal.jsonl", "eval.jsonl")
-    )  # type: ignore[return-value]
-
-
 def kept_queries(store: ExpertStore, refs: Sequence[ExpertRef], tokenizer: Any) -> list[tuple[str, list[int]]]:
     """All queries that some experts keep, as (expert, token ids)."""
     return [
@@ -142,14 +135,12 @@ def decide(
 def _decide(
     files: dict[str, bytes], prompts: list[list[int]], fingerprint: str, activation: Activation, config: Config
 ) -> list[float]:
-    import os
-
     import torch
 
     from see_ray.engine.engine import EmbeddedEngine
     from see_ray.engine.interface import Expert
 
-    torch.set_num_threads(config.fit.threads_per_worker or os.cpu_count() or 1)
+    torch.set_num_threads(config.fit.threads_per_worker or available_cpus())
     base = find(config.base_model)
     if base.fingerprint != fingerprint:
         raise FingerprintError(f"{base.name} is another base model on this node than on the driver's; make them equal")

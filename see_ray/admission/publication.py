@@ -7,10 +7,9 @@ candidate ─► gate ─► store ─► publish ─► live
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from see_ray.admission import newcomers
 from see_ray.admission.calibrate import Calibration
@@ -20,10 +19,9 @@ from see_ray.config import Config
 from see_ray.data.prepared import Prepared
 from see_ray.errors import GateError
 from see_ray.progress import Listener
-from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore, Manifest
-
-MOST_KEPT = 50
-"""Held-out rows that an expert keeps for the calibration of later ones."""
+from see_ray.store.expert_files import write_expert_files
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, ExpertSequence, Manifest
 
 
 class Published(NamedTuple):
@@ -99,7 +97,13 @@ class Publication:
         """Store the expert with all that it keeps beside its adapter; raises if it is set aside."""
         is_set_aside = not verdict.passed and not self.force
         listener.step("Setting the expert aside" if is_set_aside else "Storing and publishing the expert")
-        _write_companions(self.folder, self.prepared, self.config, calibration)
+        write_expert_files(
+            self.folder,
+            config=self.config,
+            calibration=asdict(calibration),
+            rehearsal=self.prepared.reconstruction.rehearsal,
+            held_out=[row for row, _ in self.prepared.reconstruction.own],
+        )
         verdict.write(self.folder)
         prepared, activation = self.prepared, self.prepared.activation
         manifest = store.save(
@@ -124,17 +128,3 @@ class Publication:
                 f"adapter in {store.url}; mend the task, change a limit (`--set gate.…`), or publish with --force"
             )
         return manifest
-
-
-def _write_companions(folder: Path, prepared: Prepared, config: Config, calibration: Calibration) -> None:
-    """What an expert keeps beside its adapter: for later experts, and for whoever asks how it was made."""
-    made = prepared.reconstruction
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    (folder / "calibration.json").write_text(json.dumps(asdict(calibration), indent=2), encoding="utf-8")
-    _write_lines(folder / "rehearsal.jsonl", [{"messages": chat} for chat in made.rehearsal])
-    kept = [row for row, _ in made.own[:MOST_KEPT]]
-    _write_lines(folder / "eval.jsonl", [{"messages": row.messages, "response": row.response} for row in kept])
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -10,7 +10,8 @@ from see_ray.cli.options import configured, json_option
 
 if TYPE_CHECKING:
     from see_ray.config import Config
-    from see_ray.store.expert_store import ExpertSequence, ExpertStore
+    from see_ray.store.expert_store import ExpertStore
+    from see_ray.store.records import ExpertSequence
 
 
 @click.group()

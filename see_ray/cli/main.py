@@ -90,9 +90,7 @@ def demo(rows: int, folder: str) -> None:
 @click.argument("tasks", nargs=-1, required=True, metavar="SOURCES")
 @click.option("--foreign", multiple=True, metavar="SOURCE", help="Queries that no live expert has learned. Repeatable.")
 @click.option("--max-rows", type=click.IntRange(min=1), default=100, show_default=True, help="Most rows of each.")
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Limit of an answer."
-)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Limit of an answer.")
 @click.option("--metric", "metrics", multiple=True, metavar="TASK=KIND", help="Score a task by KIND. Repeatable.")
 @click.option("--out", metavar="PATH", default="see-eval", show_default=True, help="Folder of the report.")
 @configured
@@ -157,9 +155,7 @@ def serve(config: Config) -> None:
 @see.command()
 @asking
 @click.option("--model", default="see", show_default=True, help="see, see:<expert> or see:generalist.")
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), metavar="N", help="Answer's limit. [default: the endpoint's]"
-)
+@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Answer's limit. [default: the endpoint's]")
 @click.option("--temperature", type=click.FloatRange(0, 2), metavar="T", help="0 is greedy. [default: the endpoint's]")
 @click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
 def ask(url: str, prompt: str, api_key: str | None, no_stream: bool, **options: Any) -> None:

@@ -18,9 +18,10 @@ from see_ray.data.reconstruct import KINDS, Example, render
 
 if TYPE_CHECKING:
     from see_ray.client import Piece
+    from see_ray.data.prepared import Prepared
     from see_ray.models.activation import Activation
-    from see_ray.pipeline import Learned, Prepared
-    from see_ray.store.expert_store import ExpertSequence, Manifest
+    from see_ray.pipeline import Learned
+    from see_ray.store.records import ExpertSequence, Manifest
 
 SHOWN_PROMPT = 800
 """Characters of a prompt that :func:`print_prepared` shows."""

@@ -1,14 +1,14 @@
 """Data for `see demo`: three practical tasks in order of arrival, one unseen task, general questions.
 
-The rows are generated with Faker and Babel, so nothing is downloaded, and the same seed gives the
-same rows. Each task asks for one fixed output format, which an instruct model does not hit by
-itself, and has one right answer, so exact match of the stripped text scores it:
+The rows are generated with Faker and Babel, so nothing is downloaded, and the same seed gives the same rows. Each task
+asks for a fixed output format, which an instruct model does not produce by itself, and has one right answer, so it is
+scored by exact match of the stripped text:
 
     contacts   contact details in free text   {"name":"Ann Lee","phone":"212-555-0142","email":"a.lee@example.com"}
     dates      a date or an amount as written 2024-03-07, or USD 1234.50
     tickets    a support ticket               billing, shipping, returns, account or technical
 
-This module knows nothing of experts; it gives rows and queries.
+This module knows nothing of experts; it returns rows and queries.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, str]
 Draw = Callable[[int], tuple[str, str]]
-"""From a running number, by which a task takes its kinds in turn, to (input, response)."""
+"""From the row's number to (input, response). A task takes its kinds of input in turn by that number."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ def demo_tasks(rows: int = 160, test_rows: int = 40, seed: int = 0) -> list[Demo
 
     Args:
         rows: training rows of each task.
-        test_rows: test rows of each task; no input of theirs occurs in training.
-        seed: another seed gives other rows of the same tasks.
+        test_rows: test rows of each task; none of their inputs occurs in training.
+        seed: with another seed, the same tasks have other rows.
     """
     tasks: list[tuple[str, str, Sequence[str], Callable[[Random], Draw]]] = [
         ("contacts", "contact details in free text to JSON", _CONTACT_INSTRUCTIONS, _contacts),
         ("dates", "dates and amounts to a standard form", _DATE_INSTRUCTIONS, _dates),
         ("tickets", "support tickets to a queue", _TICKET_INSTRUCTIONS, _tickets),
     ]
-    made = []
+    demo = []
     for name, title, instructions, maker in tasks:
         rng = Random(f"{name} {seed}")
         pairs = _different(maker(rng), rows + test_rows)
@@ -59,8 +59,8 @@ def demo_tasks(rows: int = 160, test_rows: int = 40, seed: int = 0) -> list[Demo
         train, test = all_rows[:rows], all_rows[rows:]
         rng.shuffle(train)
         rng.shuffle(test)
-        made.append(DemoTask(name, title, train, test))
-    return made
+        demo.append(DemoTask(name, title, train, test))
+    return demo
 
 
 def unseen_queries(count: int = 20, seed: int = 0) -> list[str]:
@@ -77,7 +77,7 @@ def unseen_queries(count: int = 20, seed: int = 0) -> list[str]:
 
 
 def general_questions() -> list[str]:
-    """Forty questions that people ask a chat model; none looks like a task above."""
+    """Forty questions as people ask a chat model; none resembles a task above."""
     return list(_GENERAL_QUESTIONS)
 
 

@@ -1,16 +1,15 @@
-"""General queries: what belongs to no task, and costs no data.
+"""General queries: pass examples that belong to no task and need no data.
 
-A chat model that continues its own template from the start of the user's turn writes what users ask. Left to
-itself it writes chat; a task's queries mostly look otherwise: an instruction, then an input. So every second
-query is begun for it, with the first words of an instruction (`You are given`, `Classify the`, …). Both kinds
-are sampled once per base model and seed, and kept in the cache; a file can be given instead.
+A chat model that continues its chat template from the start of the user's turn writes what users ask. By itself it
+writes chat; but most queries of a task are an instruction and an input. So every second query starts with the first
+words of an instruction (`You are given`, `Classify the`, …). Both kinds are sampled once for each base model and seed,
+and kept in the cache; a file can be given instead.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,18 +18,19 @@ from typing import Any
 from see_ray.config import BaseModelConfig, ReconstructConfig
 from see_ray.errors import ConfigError
 from see_ray.models.activation import user_turn_start
-from see_ray.models.base_model import BaseModel, cache_dir, load_model, load_tokenizer
+from see_ray.models.base_model import BaseModel, load_model, load_tokenizer
+from see_ray.models.cache import cache_dir, write_atomically
 
 Chat = list[dict[str, str]]
 
 LONGEST_QUERY = 48
-"""Tokens that the base model writes of a general query at most."""
+"""Most tokens of a general query."""
 
 MOST_AT_ONCE = 128
-"""General queries that are sampled in one batch."""
+"""Most general queries that are sampled in one batch."""
 
 HELD_OUT_SHARE = 0.5
-"""As many general and mixed queries are held out for calibration, as a share of those to fit on."""
+"""General and mixed queries that are held out for calibration, as a share of those that are fitted on."""
 
 OPENINGS = (
     "In this task, you", "You are given a", "Given the following", "Your task is to", "Classify the", "Write a",
@@ -41,13 +41,13 @@ OPENINGS = (
     "Label the", "Detect", "Paraphrase the", "Count the", "Predict the", "Replace the", "Which of", "Is the following",
     "Edit the", "Turn the", "For the given", "Analyze the", "Provide a", "Construct a", "Calculate the", "Format the",
 )  # fmt: skip
-"""First words of instructions, one for every second general query, in turn."""
+"""First words of instructions; every second general query starts with the next of them."""
 
 _SENTENCE_END = re.compile(r"[.!?:](?=\s|$)")
 
 
 def needed_general(config: ReconstructConfig) -> int:
-    """General queries to have at hand: those to fit on and those held out."""
+    """How many general queries are needed: those to fit on and those held out."""
     return config.general_negatives + math.ceil(config.general_negatives * HELD_OUT_SHARE)
 
 
@@ -55,7 +55,7 @@ def read_general_file(path: Path) -> list[Chat]:
     """General queries from JSONL of `{"prompt": …}` or `{"messages": […]}`.
 
     Raises:
-        ConfigError: the file cannot be read, or a line is neither.
+        ConfigError: the file cannot be read, or a line has neither form.
     """
     chats: list[Chat] = []
     try:
@@ -78,16 +78,13 @@ def read_general_file(path: Path) -> list[Chat]:
 
 
 def general_cache(base: BaseModel, config: BaseModelConfig, seed: int) -> Path:
-    """Where sampled general queries of a base model are kept."""
+    """The file of the cache that holds the sampled general queries of a base model."""
     return cache_dir(config) / "general" / f"{base.fingerprint[:12]}-{seed}-opened.jsonl"
 
 
 def write_cache(path: Path, chats: Sequence[Chat]) -> None:
-    """Write general queries so that a reader sees all of them or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{random.getrandbits(32):08x}.tmp")
-    temporary.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
-    temporary.replace(path)
+    """Write general queries as JSONL; a reader finds all of them or none."""
+    write_atomically(path, "".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
 
 
 def sample_general(
@@ -97,11 +94,17 @@ def sample_general(
     seed: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Chat]:
-    """`count` different queries that the base model writes as a user would; cached.
+    """`count` different queries that the base model writes as a user would, from the cache as far as it has them.
 
-    Free ones and ones with an opening take turns, so that any first part holds as many of each. Sampled at
-    temperature 1 among the 50 likeliest tokens, 48 tokens at most. A free query that does not end by then is
-    dropped; one with an opening is cut behind its last whole sentence. Copies are dropped.
+    Queries without and with an opening alternate, so that the first n have as many of each. They are sampled at
+    temperature 1 from the 50 likeliest tokens, up to 48 tokens. A query without an opening that does not end by then is
+    dropped; one with an opening is cut after its last whole sentence. Duplicates are dropped.
+
+    Args:
+        base, config: the base model, and how to load it.
+        count: of queries.
+        seed: of sampling; part of the cache file's name.
+        on_progress: called with (done, total) after each batch.
 
     Raises:
         ConfigError: the base model does not write such queries.
@@ -142,7 +145,7 @@ def sample_general(
 
 
 def _batch(missing: int) -> int:
-    """How many to begin for so many that are missing: about a quarter are dropped."""
+    """Batch size for so many queries that are missing: about a quarter of those sampled are dropped."""
     return min(MOST_AT_ONCE // 2, math.ceil(1.5 * missing) + 2) if missing > 0 else 0
 
 
@@ -154,28 +157,33 @@ def _in_turn(first: int) -> Iterator[str]:
 
 
 def _continue(model: Any, tokenizer: Any, start: str, begun: Sequence[str]) -> list[tuple[str, bool]]:
-    """Each beginning of a user's turn as (with what the model writes behind it, whether the turn ends there)."""
+    """Sample the rest of user turns that begin with the given texts, as (whole turn, whether the turn ended)."""
     import torch
 
     rows = [tokenizer(start + text, add_special_tokens=False)["input_ids"] for text in begun]
     width = max(map(len, rows))
-    # Padding stands on the left, since what is written follows on the right.
+    # Padded on the left, since generation continues on the right.
     ids = torch.tensor([[tokenizer.eos_token_id] * (width - len(row)) + row for row in rows])
     present = torch.arange(width)[None, :] >= width - torch.tensor([len(row) for row in rows])[:, None]
     with torch.inference_mode():
         written = model.generate(
-            input_ids=ids.to(model.device), attention_mask=present.long().to(model.device), do_sample=True,
-            temperature=1.0, top_k=50, max_new_tokens=LONGEST_QUERY, pad_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-    found = []
+            input_ids=ids.to(model.device),
+            attention_mask=present.long().to(model.device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=50,
+            max_new_tokens=LONGEST_QUERY,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    turns = []
     for text, row in zip(begun, written[:, width:].tolist(), strict=True):
         ended = tokenizer.eos_token_id in row
         rest = row[: row.index(tokenizer.eos_token_id)] if ended else row
-        found.append(((text + tokenizer.decode(rest, skip_special_tokens=True)).strip(), ended))
-    return found
+        turns.append(((text + tokenizer.decode(rest, skip_special_tokens=True)).strip(), ended))
+    return turns
 
 
 def _whole_sentences(text: str) -> str:
-    """A text cut behind its last sentence; empty if there is none."""
+    """A text cut after its last whole sentence; empty if it has none."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     return text[: ends[-1]].strip() if ends else ""

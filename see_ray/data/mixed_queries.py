@@ -1,12 +1,12 @@
-"""Mixtures: a foreign instruction with one of the task's own inputs.
+"""Mixed queries: a foreign instruction with an input of the task itself.
 
-An expert that only ever had to tell its task from chat goes by the looks of a query, and takes whatever is
-shaped like its own. In a mixture everything is its own but what is asked for, so it must read that. Mixtures are
-made of strings at hand, a general query and a row of the task, and cost nothing but their place in the fit.
+An expert that was fitted to tell its task from chat only goes by the form of a query, and accepts whatever has the form
+of its own. In a mixed query everything but the instruction is the task's own, so the expert must attend to the
+instruction. Mixed queries need no data: they combine a general query and a row of the task.
 
-Rows are plain chats, so what in them is the instruction has to be found: the words, up to the end of a line or a
-sentence, with which several of the task's queries begin alike (or end alike). What no other query shares is input.
-A task without such words has inputs only, and a foreign instruction before them is foreign still.
+Rows are plain chats, so the instruction in them has to be identified: it is the text, up to the end of a line or a
+sentence, with which several of the task's queries begin (or end). What no other query shares is input. A task without
+such text has inputs only; an input with a foreign instruction is a foreign query in that case, too.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_SHARED = 3
-"""So many queries must begin alike for their first words to be an instruction."""
+"""Least number of queries that must share a beginning for it to be an instruction."""
 
 LEAST_SHARE = 0.04
-"""And so large a share of the task's queries."""
+"""Least share of the task's queries that must share it."""
 
 LONGEST_INSTRUCTION = 4000
-"""Characters in which the end of an instruction is looked for."""
+"""Most characters of an instruction."""
 
 NEAR = 0.6
-"""Share of words in common from which a query may well ask for what the task asks for."""
+"""Share of common words from which two instructions may ask for the same."""
 
 _BREAK = re.compile(r"\s*\n\s*|(?<=[.!?:])\s+")
 _WORD = re.compile(r"\w{4,}")
@@ -34,10 +34,10 @@ _WORD = re.compile(r"\w{4,}")
 
 @dataclass(frozen=True)
 class Query:
-    """A query of the task in its parts; instruction + joint + input, or the other way round, is its text.
+    """A query of the task in its parts: its text is instruction + joint + input, or input + joint + instruction.
 
     Attributes:
-        instruction: what several of the task's queries share; empty if nothing is.
+        instruction: the text that several of the task's queries share; empty if there is none.
         joint: white space between the two.
         input: the rest.
         instruction_first: whether the instruction comes first.
@@ -49,13 +49,13 @@ class Query:
     instruction_first: bool = True
 
     def mixed(self, instruction: str) -> str:
-        """The own input under another instruction."""
+        """The text of this query's input with another instruction."""
         joint = self.joint or "\n\n"
         return instruction + joint + self.input if self.instruction_first else self.input + joint + instruction
 
 
 def parts(texts: Sequence[str]) -> list[Query]:
-    """Tell instruction from input in each of a task's queries."""
+    """Split each of a task's queries into instruction and input."""
     least = max(LEAST_SHARED, LEAST_SHARE * len(texts))
     begins = Counter(text[: cut.start()] for text in texts for cut in _breaks(text, first=True))
     ends = Counter(text[cut.end() :] for text in texts for cut in _breaks(text, first=False))
@@ -73,12 +73,16 @@ def parts(texts: Sequence[str]) -> list[Query]:
 
 
 def instruction_of(text: str) -> str:
-    """What stands for the instruction in any query: its first paragraph."""
+    """The instruction of a query of no task: its first line."""
     return text.strip().split("\n")[0].strip()
 
 
 def is_near(text: str, instructions: Sequence[str]) -> bool:
-    """Whether a text may ask for what one of the instructions asks for, in other words."""
+    """Whether a text may ask for the same as one of the instructions, in other words.
+
+    It may if the two have at least the share :data:`NEAR` of the words of the shorter one in common; only words of four
+    letters and more count.
+    """
     words = set(_WORD.findall(text.lower()))
     for instruction in instructions:
         others = set(_WORD.findall(instruction.lower()))
@@ -89,8 +93,8 @@ def is_near(text: str, instructions: Sequence[str]) -> bool:
 
 
 def _breaks(text: str, first: bool) -> list[re.Match[str]]:
-    """Ends of lines and sentences inside a text, near its begin or its end."""
-    found = [cut for cut in _BREAK.finditer(text) if cut.start() > 0 and cut.end() < len(text)]
+    """Ends of lines and sentences inside a text, near its beginning (`first`) or its end."""
+    cuts = [cut for cut in _BREAK.finditer(text) if cut.start() > 0 and cut.end() < len(text)]
     if first:
-        return [cut for cut in found if cut.start() <= LONGEST_INSTRUCTION]
-    return [cut for cut in found if len(text) - cut.end() <= LONGEST_INSTRUCTION]
+        return [cut for cut in cuts if cut.start() <= LONGEST_INSTRUCTION]
+    return [cut for cut in cuts if len(text) - cut.end() <= LONGEST_INSTRUCTION]

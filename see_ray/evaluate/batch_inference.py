@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from see_ray.cpus import available_cpus
 from see_ray.evaluate.result_cache import Prompt
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class BatchInference:
 
 def set_threads(config: FitConfig) -> None:
     """Use as many torch threads as CPUs are reserved for this process, since others run beside it."""
-    import os
 
     import torch
 
-    torch.set_num_threads(config.threads_per_worker or min(os.cpu_count() or 1, max(1, int(config.cpus_per_worker))))
+    torch.set_num_threads(config.threads_per_worker or min(available_cpus(), max(1, int(config.cpus_per_worker))))

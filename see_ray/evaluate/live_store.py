@@ -16,7 +16,9 @@ from pathlib import Path
 
 from see_ray.config import Config
 from see_ray.data.general_queries import Chat
-from see_ray.data.task import EVAL_SPLITS, Row, read_task
+from see_ray.data.rows import Row
+from see_ray.data.sources import EVAL_SPLITS
+from see_ray.data.task import SplitOptions, read_task
 from see_ray.errors import ConfigError, FingerprintError, TaskError
 from see_ray.evaluate.answer_scores import KINDS, kind_of, mean_scores, scores_by_task
 from see_ray.evaluate.queries import GENERAL_QUESTIONS, Query, encode_queries, general_chats, read_rows
@@ -27,7 +29,8 @@ from see_ray.models.base_model import BaseModel, find, load_tokenizer
 from see_ray.progress import Listener
 from see_ray.routing.chain import GENERALIST, ChainEntry
 from see_ray.routing.replay import answered_by, margin
-from see_ray.store.expert_store import ExpertSequence, ExpertStore, Manifest
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertSequence, Manifest
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def rows_of(source: str, config: Config, max_rows: int) -> tuple[str, list[Row]]
     eval, validation, dev or test, they are all rows. More than `max_rows` are sampled.
     """
     share, seed = config.reconstruct.eval_share, config.fit.seed
-    task = read_task(source, eval_share=share, seed=seed, max_eval_rows=None)
+    task = read_task(source, split=SplitOptions(eval_share=share, seed=seed))
     rows = list(task.eval)
     if Path(source).is_file() and re.split(r"[._-]", Path(source).stem.lower())[-1] in EVAL_SPLITS:
         rows = read_rows(Path(source))

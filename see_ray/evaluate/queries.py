@@ -9,7 +9,8 @@ from typing import Any
 
 from see_ray.data.demo_tasks import general_questions
 from see_ray.data.general_queries import Chat
-from see_ray.data.task import Row, read_task
+from see_ray.data.rows import Row
+from see_ray.data.task import read_task
 from see_ray.models.activation import encode_prompt
 
 GENERAL_QUESTIONS = "general questions"

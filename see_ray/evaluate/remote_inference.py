@@ -16,10 +16,12 @@ from see_ray.config import BaseModelConfig, Config
 from see_ray.evaluate.batch_inference import BatchInference, set_threads
 from see_ray.evaluate.result_cache import Prompt, cached_by_prompt, digest
 from see_ray.models.activation import Activation
-from see_ray.models.base_model import cache_dir, find, load_tokenizer
+from see_ray.models.base_model import find, load_tokenizer
+from see_ray.models.cache import cache_dir
 from see_ray.progress import Listener
 from see_ray.routing.chain import GENERALIST
-from see_ray.store.expert_store import ExpertRef, ExpertStore, Manifest
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, Manifest
 
 if TYPE_CHECKING:
     from see_ray.engine.interface import Expert

@@ -27,7 +27,7 @@ from see_ray.fit.checkpoint import Checkpoints
 from see_ray.fit.report import RESULT_FILE, Fitted
 from see_ray.fit.spec import FitSpec
 from see_ray.fit.status import FitListener, FitStatusActor, status_forwarded
-from see_ray.models.base_model import cache_dir
+from see_ray.models.cache import cache_dir
 
 
 def fit_expert(name: str, spec: FitSpec, folder: Path, listener: FitListener | None = None) -> Fitted:

@@ -8,7 +8,6 @@ evaluate on held-out rows, stop early, save the adapter.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from see_ray.config import BaseModelConfig, FitConfig
+from see_ray.cpus import available_cpus
 from see_ray.data.reconstruct import Example
 from see_ray.errors import FingerprintError, FitError, StoreError
 from see_ray.fit import optimizer_state
@@ -77,7 +77,7 @@ class Trainer:
         select_accelerator()
         rank, world_size = context.get_world_rank(), context.get_world_size()
         local_world_size = context.get_local_world_size()
-        torch.set_num_threads(config.threads_per_worker or max(1, (os.cpu_count() or 1) // local_world_size))
+        torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // local_world_size))
         torch.manual_seed(config.seed)
 
         activation: Activation = settings["activation"]

@@ -1,16 +1,16 @@
-"""Where an expert begins, and how its decision is read.
+"""The token from which an expert's adapter applies, and how its decision is computed.
 
-A chat prompt ends with the generation prompt (`<|im_start|>assistant\\n` for SmolLM2). An
-activated expert's adapter applies only to the last tokens of it and to what follows:
+A chat prompt ends with the generation prompt (`<|im_start|>assistant\\n` for SmolLM2). An activated expert's adapter
+applies only to the last tokens of it and to what follows:
 
     [ prefix ] [ adapted end of the generation prompt ] [ indicator ] [ response ... ]
       base model only, same for all experts     the expert's adapter is active
 
-so every expert and the generalist share the prefix's keys and values (activated LoRA,
-arXiv 2504.12397). In the full form the prefix is empty: the adapter applies everywhere.
+So all experts and the generalist share the prefix's keys and values (activated LoRA, arXiv 2504.12397). In the full
+form the prefix is empty: the adapter applies everywhere.
 
-The indicator is one of two tokens, accept or pass; the *decision* P(accept) is the softmax
-over their two logits at the last prompt token. This module knows tokens, not models.
+The indicator is one of two tokens, accept or pass; the *decision* P(accept) is the softmax over their two logits at the
+last prompt token. This module needs a tokenizer and no model.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ class Activation:
 
     Attributes:
         generation_prompt: token ids of the chat template's generation prompt.
-        tokens: how many of these, counted from the end, the adapter applies to; None in the
-            full form.
+        tokens: how many of these, counted from the end, the adapter applies to; None in the full form.
         accept: token id of the accept indicator.
-        refuse: token id of the pass indicator (`pass` is a word of Python).
+        refuse: token id of the pass indicator (`pass` is a keyword of Python).
     """
 
     generation_prompt: tuple[int, ...]
@@ -41,17 +40,17 @@ class Activation:
     refuse: int
 
     def split(self, prompt: list[int]) -> tuple[list[int], list[int]]:
-        """Prompt ids as (prefix for the base model alone, rest with the adapter active)."""
+        """A prompt's token ids as (prefix, where only the base model applies; rest, where the adapter does)."""
         if self.tokens is None:
             return [], prompt
         return prompt[: -self.tokens], prompt[-self.tokens :]
 
     def peft_invocation(self) -> list[int] | None:
-        """`alora_invocation_tokens` for PEFT, where its rule gives this activation point.
+        """`alora_invocation_tokens` for PEFT; None if PEFT cannot express this activation point.
 
-        PEFT activates from the first token of the *last occurrence* of that sequence. The
-        whole generation prompt is safe to look for; a shorter end of it (a lone newline, say)
-        would match inside text, so such an adapter is plain LoRA to PEFT.
+        PEFT activates from the first token of the last occurrence of that sequence. The whole generation prompt occurs
+        nowhere else; a shorter end of it, such as a single newline, would match inside text. So an adapter with fewer
+        activation tokens is saved as ordinary LoRA.
         """
         if self.tokens == len(self.generation_prompt):
             return list(self.generation_prompt)
@@ -59,11 +58,12 @@ class Activation:
 
 
 def activation_of(tokenizer: Any, base: BaseModelConfig, fit: FitConfig) -> Activation:
-    """The activation that the configuration asks for on this base model.
+    """The activation that is configured, for this tokenizer.
 
     Raises:
-        ConfigError: more activation tokens than the generation prompt has.
-        BaseModelError: no generation prompt or no two tokens to use as indicators.
+        ConfigError: more activation tokens than the generation prompt has, or indicator tokens that the tokenizer
+            does not have.
+        BaseModelError: the chat template has no generation prompt, or no two tokens can be indicators.
     """
     generation_prompt = generation_prompt_of(tokenizer)
     tokens: int | None = None
@@ -85,7 +85,11 @@ def encode_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 
 
 def generation_prompt_of(tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that the chat template adds for the assistant to speak."""
+    """Token ids that the chat template puts before an answer of the assistant.
+
+    Raises:
+        BaseModelError: the template adds none, or not at its end.
+    """
     chat = [{"role": "user", "content": "a"}]
     without = tokenizer.apply_chat_template(chat, add_generation_prompt=False, tokenize=True, return_dict=True)
     with_prompt = encode_prompt(tokenizer, chat)
@@ -99,12 +103,15 @@ def generation_prompt_of(tokenizer: Any) -> tuple[int, ...]:
 
 
 def user_turn_start(tokenizer: Any) -> str:
-    """The rendered template up to where a user's words begin; a chat model that continues
-    it writes what a user might ask."""
+    """The rendered chat template up to where the user's text begins. A chat model that continues it writes queries.
+
+    Raises:
+        BaseModelError: the template does not contain the user's text.
+    """
     mark = "\u2063see\u2063"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
-    start, found, _ = text.partition(mark)
-    if not found:
+    text: str = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    start, separator, _ = text.partition(mark)
+    if not separator:
         raise BaseModelError(
             "the chat template does not contain the user's words; give reconstruct.general_negatives_file"
         )
@@ -112,14 +119,13 @@ def user_turn_start(tokenizer: Any) -> str:
 
 
 def p_accept(accept_logit: float, pass_logit: float) -> float:
-    """The decision: softmax over the two indicator logits, always below 1, so that there is a
-    threshold that refuses it."""
-    gap = min(max(pass_logit - accept_logit, -36.0), 700.0)  # exp(-36) is the last to make a difference
+    """The decision: softmax over the two indicator logits; always below 1, so that some threshold passes on it."""
+    gap = min(max(pass_logit - accept_logit, -36.0), 700.0)  # a smaller gap would give exactly 1, a larger one overflow
     return 1.0 / (1.0 + math.exp(gap))
 
 
 def _indicators(tokenizer: Any, base: BaseModelConfig) -> tuple[int, int]:
-    """Two tokens that no text contains: as named, else the tokenizer's own reserved ones."""
+    """Token ids of (accept, pass), which no text contains: as configured, else reserved ones of the tokenizer."""
     if base.indicator_tokens:
         ids = [tokenizer.convert_tokens_to_ids(token) for token in base.indicator_tokens]
         for token, number in zip(base.indicator_tokens, ids, strict=True):
@@ -129,13 +135,13 @@ def _indicators(tokenizer: Any, base: BaseModelConfig) -> tuple[int, int]:
             raise ConfigError("base_model.indicator_tokens: accept and pass must be two different tokens")
         return ids[0], ids[1]
     used = set(tokenizer.all_special_ids) | set(encode_prompt(tokenizer, [{"role": "user", "content": "a"}]))
-    spare = [
+    reserved = [
         number
         for number, token in sorted(tokenizer.added_tokens_decoder.items())
         if token.special and number not in used and token.content not in tokenizer.chat_template
     ]
-    if len(spare) < 2:
+    if len(reserved) < 2:
         raise BaseModelError(
             "the tokenizer has no two unused special tokens; name two single tokens as base_model.indicator_tokens"
         )
-    return spare[0], spare[1]
+    return reserved[0], reserved[1]

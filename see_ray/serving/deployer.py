@@ -27,7 +27,8 @@ from see_ray.serving.app_names import EXPERT_PREFIX, SPARE_PREFIX, expert_app
 from see_ray.serving.live import LINGER_S, Live, LiveExpert
 from see_ray.serving.replica import replica_app
 from see_ray.serving.store_follower import StoreFollower
-from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, ExpertSequence
 
 logger = logging.getLogger("ray.serve")
 

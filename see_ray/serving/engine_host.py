@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
 from see_ray.config import Config, ServeConfig
+from see_ray.cpus import available_cpus
 from see_ray.engine.detokenize import TextChunk, coalesce_after_first, detokenize
 from see_ray.engine.interface import Engine, Expert, GenerateRequest
 from see_ray.errors import FingerprintError
-from see_ray.models.base_model import cache_dir, find, load_tokenizer
+from see_ray.models.base_model import find, load_tokenizer
+from see_ray.models.cache import cache_dir
 from see_ray.observability import metrics
 from see_ray.store.expert_files import activation_of_manifest
-from see_ray.store.expert_store import ExpertRef, ExpertStore, Manifest
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, Manifest
 
 NICE = 5
 """Niceness of the engine's thread, so that the rest of Serve on the same cores goes first."""
@@ -54,7 +56,7 @@ class EngineHost(ABC):
 
         from see_ray.engine.engine import EmbeddedEngine
 
-        torch.set_num_threads(settings.replica_threads or max(1, (os.cpu_count() or 1) // 2))
+        torch.set_num_threads(settings.replica_threads or max(1, available_cpus() // 2))
         return EmbeddedEngine(
             self._base,
             self._config.base_model,

@@ -24,7 +24,8 @@ from see_ray.serving.app_names import ENSEMBLE_APP
 from see_ray.serving.engine_host import EngineHost, replica_options
 from see_ray.serving.live import LINGER_S, Live, LiveExpert
 from see_ray.serving.store_follower import StoreFollower
-from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, ExpertSequence
 
 
 class Ensemble(EngineHost):

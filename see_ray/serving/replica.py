@@ -22,7 +22,7 @@ from see_ray.errors import SeeError, ServingError
 from see_ray.routing.chain import GENERALIST
 from see_ray.serving.app_names import INGRESS_APP
 from see_ray.serving.engine_host import EngineHost, replica_options
-from see_ray.store.expert_store import ExpertRef
+from see_ray.store.records import ExpertRef
 
 ASSIGNMENT_POLL_S = 0.5
 """Seconds after which a spare asks the deployer again for its expert."""

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from see_ray.errors import SeeError
 from see_ray.serving.live import Live
-from see_ray.store.expert_store import ExpertSequence, ExpertStore
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertSequence
 
 logger = logging.getLogger("ray.serve")
 

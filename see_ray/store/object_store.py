@@ -1,18 +1,19 @@
-"""Opening a folder, S3, Google Cloud Storage or Azure as one kind of store, with errors that people can use.
+"""A folder, S3, Google Cloud Storage or Azure as one kind of object store, by obstore.
 
-The library is obstore; here are only the rules that all of see_ray's stores share: what a URL may be, how
-long to try, and what an error says.
+This module adds what all of see_ray's stores share: which URLs are accepted, how long to retry, and error messages
+that say what to check.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from obstore.exceptions import BaseError
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from see_ray.errors import StoreError
@@ -26,16 +27,19 @@ _CREDENTIALS = {
 
 
 def open_object_store(url: str | Path, name: str) -> tuple[ObjectStore, str]:
-    """Open a folder (made if absent), or `s3://…`, `gs://…`, `az://…`.
+    """Open a folder (created if absent), or `s3://…`, `gs://…`, `az://…`.
 
-    Credentials come from the cloud's own environment variables; the first operation tries them.
+    Credentials come from the cloud's own environment variables; they are first used by the first operation.
 
     Args:
-        url: the place.
-        name: what messages call the store, such as `the expert store`.
+        url: the location.
+        name: what error messages call the store, such as `the expert store`.
 
     Returns:
-        The store, and what to call its place.
+        The store, and its location for messages: an absolute path or a URL.
+
+    Raises:
+        StoreError: the URL is none of these, or the folder cannot be created.
     """
     url = str(url)
     scheme, separator, _ = url.partition("://")
@@ -45,25 +49,75 @@ def open_object_store(url: str | Path, name: str) -> tuple[ObjectStore, str]:
             return LocalStore(path, mkdir=True), str(path)
         if scheme not in _CREDENTIALS:
             raise StoreError(f"cannot open {name} {url}: use a folder, s3://…, gs://… or az://…")
-        # With obstore's own limits (10 tries, 3 minutes) a command without network seems to hang.
+        # With obstore's defaults (10 retries, 3 minutes) a command without network seems to hang.
         client = from_url(url, retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)})
         return client, url.rstrip("/")
 
 
 @contextmanager
-def wrap_store_errors(what: str, url: str) -> Iterator[None]:
-    """Turn exceptions of obstore and the file system into a StoreError of one line.
+def wrap_store_errors(action: str, url: str) -> Iterator[None]:
+    """Raise exceptions of obstore and of the file system as a StoreError with a one-line message.
 
     Args:
-        what: what fails then, such as `read sequence/ in the expert store`.
-        url: of the store.
+        action: what is attempted, such as `read sequence/ in the expert store`; the message starts with `cannot` and
+            this.
+        url: the store's location. For a bucket, the message names the environment variables of its credentials.
     """
     try:
         yield
     except (BaseError, OSError, ValueError) as error:
-        found = " ".join(str(error).partition("Debug source")[0].split())[:500]
+        reason = " ".join(str(error).partition("Debug source")[0].split())[:500]
         variables = _CREDENTIALS.get(url.partition("://")[0])
-        todo = "check that the folder is there, that you may write to it, and that there is room"
-        if variables and not getattr(error, "filename", None):  # a file name: this machine's disk is at fault
-            todo = f"check the address, the network and the credentials ({variables})"
-        raise StoreError(f"cannot {what} {url}: {found}; {todo}") from error
+        advice = "check that the folder exists, that you may write to it, and that there is room"
+        if variables and not getattr(error, "filename", None):  # an error with a file name comes from the local disk
+            advice = f"check the address, the network and the credentials ({variables})"
+        raise StoreError(f"cannot {action} {url}: {reason}; {advice}") from error
+
+
+class Objects:
+    """The operations that a store is built on. Each raises StoreError where the object store cannot be reached.
+
+    Args:
+        store: an obstore store.
+        url: its location, for messages.
+        name: what messages call it, such as `the expert store`.
+    """
+
+    def __init__(self, store: ObjectStore, url: str, name: str):
+        self._store, self._url, self._name = store, url, name
+
+    def list(self, prefix: str, offset: str | None = None) -> list[str]:
+        """Paths of the objects below `prefix`; with `offset` only those behind it in the order of the paths."""
+        with self._wrap(f"list {prefix}/ in"):
+            return [item["path"] for item in obstore.list(self._store, prefix, offset=offset).collect()]
+
+    def read(self, path: str) -> bytes | None:
+        """The object's bytes; None if there is none."""
+        with self._wrap(f"read {path} in"):
+            try:
+                return bytes(obstore.get(self._store, path).bytes())
+            except FileNotFoundError:
+                return None
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write an object unless it exists. True if the object holds `data` now."""
+        with self._wrap(f"write {path} in"):
+            try:
+                obstore.put(self._store, path, data, mode="create")
+                return True
+            except AlreadyExistsError:  # perhaps our own: obstore repeats a put whose answer was lost
+                return bytes(obstore.get(self._store, path).bytes()) == data
+
+    def upload(self, path: str, file: Path) -> None:
+        """Write a file as an object, in parts if it is large."""
+        with self._wrap(f"write {path} in"):
+            obstore.put(self._store, path, file)
+
+    def download(self, path: str, file: Path) -> None:
+        """Write an object to a file."""
+        with self._wrap(f"download {path} to {file} from"), file.open("wb") as stream:
+            for chunk in obstore.get(self._store, path).stream():
+                stream.write(chunk)
+
+    def _wrap(self, action: str) -> AbstractContextManager[None]:
+        return wrap_store_errors(f"{action} {self._name}", self._url)

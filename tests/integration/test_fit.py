@@ -9,7 +9,7 @@ import pytest
 
 from see_ray.data.general_queries import read_general_file
 from see_ray.data.reconstruct import Example, reconstruct
-from see_ray.data.task import read_task
+from see_ray.data.task import SplitOptions, read_task
 from see_ray.errors import FitError
 from see_ray.fit.launch import fit_expert
 from see_ray.fit.report import Progress
@@ -42,7 +42,7 @@ class Recorder(FitListener):
 @pytest.fixture(scope="module")
 def prepared(config, tokenizer, tasks, task_file, general_file):
     """21 accept and 16 pass examples: neither divides by the workers or by the batch."""
-    task = read_task(task_file(tasks["dates"], 24), eval_share=0.1)
+    task = read_task(task_file(tasks["dates"], 24), split=SplitOptions(eval_share=0.1))
     activation = activation_of(tokenizer, config.base_model, config.fit)
     general = read_general_file(general_file)
     return activation, reconstruct(task, tokenizer, activation, config.reconstruct, earlier={}, general=general, seed=0)

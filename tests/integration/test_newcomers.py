@@ -9,7 +9,9 @@ import pytest
 from see_ray.admission import newcomers
 from see_ray.pipeline import Source, learn
 from see_ray.progress import Listener
-from see_ray.store.expert_store import ExpertRef, ExpertStore
+from see_ray.store.expert_files import kept_chats
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef
 
 
 def test_newcomers_are_those_not_known(experts, config):
@@ -27,7 +29,7 @@ def test_the_one_that_is_replaced_is_no_newcomer(experts, config):
 def test_queries_of_an_expert_are_its_rehearsal_and_its_held_out_rows(experts, config, tokenizer):
     store = ExpertStore.open(config.store.url)
     ref = ExpertRef(name="tickets", version=1)
-    rehearsal, held_out = newcomers.kept_chats(store, ref)
+    rehearsal, held_out = kept_chats(store, ref)
     assert len(rehearsal) == 4
     assert held_out
     assert len(newcomers.kept_queries(store, [ref], tokenizer)) == len(rehearsal) + len(held_out)
@@ -65,7 +67,7 @@ def test_the_second_of_two_that_are_fitted_at_once_is_checked_against_the_first(
         learned = learn(Source(str(path)), config, listener=listener)
         assert [ref.name for ref in learned.sequence.experts] == ["tickets", "dates", "upper", "late"]
         assert f"Deciding on the queries of {upper.id}, published meanwhile" in listener.steps
-        own, held_out = newcomers.kept_chats(store, upper.ref)
+        own, held_out = kept_chats(store, upper.ref)
         manifest_rows = learned.manifest.metrics["foreign_rows"]
         # tickets' and dates' held-out rows and the general ones were foreign before; all of upper's are now.
         assert manifest_rows >= len(own) + len(held_out) + 4

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "see_ray"
 IMPORTS_RAY = {
     "cli.demo",
     "cluster",
+    "data.general_sampling",
     "evaluate.baselines.compare",
     "fit.launch",
     "fit.status",

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from see_ray.config import Config, Section, load_config
+from see_ray.config import Config, RenamedSettingWarning, Section, load_config
 from see_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -324,3 +324,59 @@ def test_workers_are_a_number_or_least_and_most(text, value):
 def test_no_workers_are_refused(text):
     with pytest.raises(ConfigError, match="num_workers"):
         load_config(None, [f"fit.num_workers={text}"])
+
+
+# --- names of 0.1 --------------------------------------------------------------------------
+
+RENAMED = [
+    ("fit", "pass_tokens", "max_tokens_per_micro_batch", 4096),
+    ("serve", "pass_tokens", "max_num_batched_tokens", 256),
+    ("serve", "look_back_s", "look_back_period_s", 12.5),
+    ("serve", "traced_share", "trace_sample_rate", 0.5),
+]
+
+
+def test_every_renamed_setting_is_tested():
+    names = {(section, old, new) for section, kind in SECTIONS.items() for old, new in kind.renamed.items()}
+    assert names == {(section, old, new) for section, old, new, _ in RENAMED}
+
+
+@pytest.mark.parametrize(("section", "old", "new", "value"), RENAMED)
+def test_an_old_name_in_a_file_is_read_with_a_warning(tmp_path, section, old, new, value):
+    path = written(tmp_path, f"{section}: {{{old}: {value}}}")
+    with pytest.warns(FutureWarning, match=f"^the setting {old} is now called {new}; ") as caught:
+        config = load_config(path)
+    assert getattr(getattr(config, section), new) == value
+    assert [warning.category for warning in caught] == [RenamedSettingWarning]
+
+
+@pytest.mark.parametrize(("section", "old", "new", "value"), RENAMED)
+def test_an_old_name_in_an_override_is_read_with_a_warning(section, old, new, value):
+    with pytest.warns(RenamedSettingWarning):
+        config = load_config(None, [f"{section}.{old}={value}"])
+    assert getattr(getattr(config, section), new) == value
+
+
+@pytest.mark.parametrize(("section", "old", "new", "value"), RENAMED)
+def test_the_old_and_the_new_name_together_are_refused_with_both(section, old, new, value):
+    message = refusal(overrides=[f"{section}.{old}={value}", f"{section}.{new}={value}"])
+    assert f"{section}: " in message
+    assert f"{old} is the old name of {new}" in message
+
+
+@pytest.mark.parametrize(("section", "old", "new", "value"), RENAMED)
+def test_a_value_out_of_bounds_under_an_old_name_is_refused(section, old, new, value):
+    with pytest.warns(RenamedSettingWarning):
+        assert f"{section}.{new}: " in refusal(overrides=[f"{section}.{old}=-1"])
+
+
+@pytest.mark.parametrize(("section", "old", "new", "value"), RENAMED)
+def test_an_old_name_is_not_written_again(section, old, new, value):
+    with pytest.warns(RenamedSettingWarning):
+        text = load_config(None, [f"{section}.{old}={value}"]).to_yaml()
+    assert old not in yaml.safe_load(text)[section]
+    assert yaml.safe_load(text)[section][new] == value
+
+
+def test_the_current_names_are_read_without_a_warning():
+    load_config(None, [f"{section}.{new}={value}" for section, _, new, value in RENAMED])  # warnings are errors here

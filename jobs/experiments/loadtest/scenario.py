@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 
 from loadtest.generator import DrawQuery, load_profile
-from see_ray.admission import newcomers
 from see_ray.errors import ConfigError
+from see_ray.store.expert_files import kept_chats
 from see_ray.store.expert_store import ExpertStore
 
 GENERAL_SHARE = 0.1
@@ -103,7 +103,7 @@ def query_mix(store: ExpertStore, mix: str | None = None) -> DrawQuery:
         ConfigError: no expert of that name is live.
     """
     texts = {
-        ref.name: [chat[-1]["content"] for chats in newcomers.kept_chats(store, ref) for chat in chats]
+        ref.name: [chat[-1]["content"] for chats in kept_chats(store, ref) for chat in chats]
         for ref in store.head().experts
     }
     texts = {name: of_expert for name, of_expert in texts.items() if of_expert}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
-import os
 import pickle
 import statistics
 import time
@@ -20,10 +19,12 @@ from typing import Any
 
 from loadtest.simulation import EndpointDesign, ServiceTimes, processor_seconds
 from see_ray.config import Config
+from see_ray.cpus import available_cpus
 from see_ray.engine.interface import GenerateRequest, SamplingParams
 from see_ray.errors import ServingError
 from see_ray.models.activation import encode_prompt
-from see_ray.models.base_model import cache_dir, find, load_tokenizer
+from see_ray.models.base_model import find, load_tokenizer
+from see_ray.models.cache import cache_dir
 from see_ray.store.expert_store import ExpertStore
 
 MANY = 8
@@ -81,7 +82,7 @@ def measure_service_times(
     hand = engine.handover_s(prompts[1])
     token, token_batch = (engine.token_s(prompts[0], answers, tokens) for answers in (1, MANY))
     undisturbed = _median_s(lambda prompt: engine.decide([prompt]), uncrowded)
-    with _other_processes_deciding(config, prompts[0], cores() - 1):
+    with _other_processes_deciding(config, prompts[0], available_cpus() - 1):
         disturbed = _median_s(lambda prompt: engine.decide([prompt]), crowded)
     return ServiceTimes(
         read=read,
@@ -164,11 +165,6 @@ class _TimedEngine:
             lambda prompt: self._engine.import_prefix(prompt, pickle.loads(pickle.dumps(arrays, protocol=5))),
             [prompt] * 20,
         )
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from see_ray.cpus import available_cpus
 from see_ray.engine.vllm.plugin import problem
 from see_ray.errors import ServingError
 
@@ -56,12 +57,11 @@ async def launch(arguments: dict[str, Any]) -> Any:
 def set_environment(threads: int | None) -> None:
     """Set the environment variables that vLLM reads, except those that are set already. `threads`, where given,
     overrides OMP_NUM_THREADS."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit torch's threads and the locks they hold
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all replicas on one host are bound to the same cores
-        "OMP_NUM_THREADS": str(cores),
+        "OMP_NUM_THREADS": str(available_cpus()),
         "VLLM_NO_USAGE_STATS": "1",
     }
     for name, value in defaults.items():

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from see_ray.config import BaseModelConfig, FitConfig
 from see_ray.data.general_queries import Chat, general_cache, needed_general, read_general_file, sample_general
 from see_ray.data.reconstruct import Example
-from see_ray.data.task import Row, Task
+from see_ray.data.rows import Row
+from see_ray.data.task import Task
 from see_ray.evaluate.baselines import routers
 from see_ray.evaluate.baselines.plan import Plan, read_data
 from see_ray.evaluate.batch_inference import BatchInference

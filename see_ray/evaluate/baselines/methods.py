@@ -29,15 +29,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from see_ray.admission.candidate import Candidate
-from see_ray.admission.publication import MOST_KEPT
 from see_ray.data.general_queries import Chat
 from see_ray.data.reconstruct import Reconstruction, reconstruct, sample_queries
-from see_ray.data.task import Row, Task
+from see_ray.data.rows import Row
+from see_ray.data.task import Task
 from see_ray.evaluate.baselines import routers, ssr
 from see_ray.evaluate.baselines.experiment import Experiment, Fit
 from see_ray.evaluate.result_cache import digest, write_json
 from see_ray.routing.chain import GENERALIST, ChainEntry
 from see_ray.routing.replay import answered_by, margin
+from see_ray.store.expert_files import MOST_KEPT
 
 if TYPE_CHECKING:
     import numpy

@@ -14,7 +14,8 @@ from pathlib import Path
 from see_ray.config import Config, load_config
 from see_ray.data.demo_tasks import demo_tasks, unseen_queries
 from see_ray.data.general_queries import Chat
-from see_ray.data.task import Row, Task
+from see_ray.data.rows import Row
+from see_ray.data.task import Task
 from see_ray.errors import ConfigError, TaskError
 from see_ray.evaluate.answer_scores import KINDS, kind_of
 from see_ray.evaluate.queries import GENERAL_QUESTIONS, as_chat, general_chats, read_rows

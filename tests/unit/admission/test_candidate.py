@@ -10,8 +10,8 @@ import pytest
 from see_ray.admission.calibrate import calibrate
 from see_ray.admission.candidate import Candidate
 from see_ray.config import GateConfig
-from see_ray.data.reconstruct import Reconstruction
-from see_ray.data.task import Row
+from see_ray.data.reconstruct import Example, Kind, Reconstruction
+from see_ray.data.rows import Row
 from see_ray.fit.report import Comparison
 
 OWN = [0.9, 0.95, 0.97, 0.99]
@@ -26,15 +26,17 @@ def candidate() -> Candidate:
     return Candidate(OWN, FOREIGN, {"sa": 0}, BETTER, BASE, RATE)
 
 
-def test_a_fits_decisions_are_those_of_its_own_rows_and_then_of_foreign_queries():
+def test_a_fits_decisions_are_told_apart_by_the_kind_of_their_examples():
     row = (Row((("user", "q"),), "r", "sa:1"), [1])
-    foreign = [("general", [2]), ("sa", [3])]
+    kinds: list[Kind] = ["general", "accept", "rehearsal", "accept"]
+    held_out = [Example((number,), (0,), kind) for number, kind in enumerate(kinds)]
+    foreign = [("general", [0]), ("sa", [2])]
     reconstruction = Reconstruction(
-        train=[], own=[row, row], foreign=foreign, claimed={"sa": 1}, held_out=[], rehearsal=[]
+        train=[], own=[row, row], foreign=foreign, claimed={"sa": 1}, held_out=held_out, rehearsal=[]
     )
     base = SimpleNamespace(name=BASE[0], fingerprint=BASE[1])
-    found = Candidate.from_fit(reconstruction, [0.9, 0.8, 0.1, 0.2], BETTER, base, RATE)
-    assert found == Candidate([0.9, 0.8], [("general", 0.1), ("sa", 0.2)], {"sa": 1}, BETTER, BASE, RATE)
+    candidate = Candidate.from_fit(reconstruction, [0.1, 0.9, 0.2, 0.8], BETTER, base, RATE)
+    assert candidate == Candidate([0.9, 0.8], [("general", 0.1), ("sa", 0.2)], {"sa": 1}, BETTER, BASE, RATE)
 
 
 def test_its_threshold_is_the_calibrated_one(candidate):

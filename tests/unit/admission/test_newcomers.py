@@ -8,7 +8,7 @@ import pytest
 
 from see_ray.admission import newcomers
 from see_ray.data.reconstruct import Example, Reconstruction
-from see_ray.store.expert_store import ExpertRef, ExpertSequence
+from see_ray.store.records import ExpertRef, ExpertSequence
 
 
 def test_newcomers_queries_that_are_rows_of_the_task_are_counted_and_are_not_foreign():

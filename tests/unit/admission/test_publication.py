@@ -19,7 +19,8 @@ from see_ray.fit.report import Comparison
 from see_ray.models.activation import Activation
 from see_ray.models.base_model import BaseModel
 from see_ray.progress import Listener
-from see_ray.store.expert_store import ExpertRef, ExpertStore
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef
 
 BETTER = Comparison(rows=4, expert_loss=0.5, generalist_loss=2.0, change=9.0, seconds=1.0)
 

@@ -9,11 +9,12 @@ from typing import Any
 from see_ray.admission.calibrate import Calibration
 from see_ray.admission.gate import Finding, Verdict
 from see_ray.cli import render
+from see_ray.data.prepared import Prepared
 from see_ray.data.reconstruct import Example, Reconstruction
 from see_ray.data.task import Task
 from see_ray.fit.report import FitSummary
 from see_ray.models.activation import Activation
-from see_ray.pipeline import Learned, Prepared
+from see_ray.pipeline import Learned
 
 
 def test_a_table_is_aligned_and_takes_cells_as_they_are():

@@ -8,7 +8,8 @@ import pytest
 from see_ray.config import BaseModelConfig, FitConfig, ReconstructConfig
 from see_ray.data.general_queries import needed_general
 from see_ray.data.reconstruct import Example, Reconstruction, reconstruct, render, sample_queries
-from see_ray.data.task import Row, Task
+from see_ray.data.rows import Row
+from see_ray.data.task import Task
 from see_ray.models.activation import activation_of, encode_prompt
 from see_ray.models.base_model import find, load_tokenizer
 
@@ -210,6 +211,18 @@ def test_a_general_query_that_comes_twice_is_not_both_held_out_and_fitted_on(bui
 def test_held_out_own_rows_are_not_fitted_on(build):
     made = build()
     assert not {tuple(ids) for _, ids in made.own} & {example.prompt for example in made.train}
+
+
+def test_held_out_examples_have_the_kind_of_their_source(build):
+    made = build(
+        instructed(),
+        earlier={"qa": ([], chats("qa", 2))},
+        general=chats("general", 20),
+        general_negatives=8,
+        mixed_negatives=4,
+    )
+    kinds = [example.kind for example in made.held_out]
+    assert kinds == ["accept"] * 8 + ["rehearsal"] * 2 + ["general"] * 4 + ["mixed"] * 2
 
 
 # --- draws ---------------------------------------------------------------------------------

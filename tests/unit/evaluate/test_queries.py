@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from see_ray.data.task import Row
+from see_ray.data.rows import Row
 from see_ray.evaluate.queries import as_chat, encode_queries, general_chats
 from see_ray.models.activation import encode_prompt
 

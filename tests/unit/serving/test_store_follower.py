@@ -13,7 +13,8 @@ import pytest
 from see_ray.errors import StoreError
 from see_ray.serving.live import Live
 from see_ray.serving.store_follower import StoreFollower
-from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, ExpertSequence
 
 
 class Owner:

@@ -17,7 +17,9 @@ from pydantic import ValidationError
 
 from see_ray.errors import ConflictError, FingerprintError, NotFoundError, SeeError, StoreError
 from see_ray.store import expert_store as store_module
-from see_ray.store.expert_store import ExpertRef, ExpertSequence, ExpertStore, Manifest
+from see_ray.store import sequence_log
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef, ExpertSequence, Manifest
 
 FIELDS = {
     "task": "sentiment",
@@ -260,7 +262,7 @@ def test_a_lost_race_notices_that_the_name_is_now_taken(store, folder, tmp_path)
 
 
 def test_losing_every_race_ends_in_a_conflict(store, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_TRIES", 3)
+    monkeypatch.setattr(sequence_log, "_TRIES", 3)
     rival = ExpertStore.open(tmp_path / "store")
     theirs = iter([save(store, folder, f"rival{i}") for i in range(4)])
     with pytest.raises(ConflictError, match="3 times"):
@@ -370,7 +372,7 @@ def test_the_log_never_goes_back_in_time(store, folder, monkeypatch):
             return datetime(2001, 1, 1, tzinfo=tz)
 
     first = store.publish(save(store, folder))
-    monkeypatch.setattr(store_module, "datetime", LateClock)
+    monkeypatch.setattr(sequence_log, "datetime", LateClock)
     assert store.publish(save(store, folder, "qa")).created_at == first.created_at
 
 
@@ -379,8 +381,8 @@ def test_head_looks_only_at_the_end_of_a_long_log(store, folder, monkeypatch):
         store.publish(save(store, folder, name))
     store.head()
     listed = []
-    real = store._list
-    monkeypatch.setattr(store, "_list", lambda *args, **kw: listed.append(real(*args, **kw)) or listed[-1])
+    real = store._objects.list
+    monkeypatch.setattr(store._objects, "list", lambda *args, **kw: listed.append(real(*args, **kw)) or listed[-1])
     assert store.head().version == 3
     assert listed == [["sequence/00000003.json"]]
 
@@ -397,8 +399,8 @@ def test_foreign_files_beside_the_snapshots_are_ignored(store, folder, tmp_path)
 
 def publish_and_die(url: str, folder: Path) -> None:
     store = ExpertStore.open(url)
-    real = store._create
-    store._create = lambda path, data: os._exit(9) if path.endswith("manifest.json") else real(path, data)
+    real = store._objects.create
+    store._objects.create = lambda path, data: os._exit(9) if path.endswith("manifest.json") else real(path, data)
     save(store, folder)
 
 
@@ -488,8 +490,10 @@ def test_a_gap_in_the_log_is_named(store, folder, tmp_path, missing):
 def test_a_listing_that_skips_a_version_is_no_gap(store, folder, monkeypatch):
     for name in ("qa", "sa", "pe"):
         store.publish(save(store, folder, name))
-    real = store._list
-    monkeypatch.setattr(store, "_list", lambda *args, **kw: [p for p in real(*args, **kw) if "00000002" not in p])
+    real = store._objects.list
+    monkeypatch.setattr(
+        store._objects, "list", lambda *args, **kw: [p for p in real(*args, **kw) if "00000002" not in p]
+    )
     assert store.head().version == 3
 
 
@@ -551,7 +555,7 @@ def test_a_bucket_is_downloaded_once(bucket, folder, tmp_path):
     fetched = bucket.fetch(ref, tmp_path / "cache")
     for path in folder.iterdir():
         assert (fetched / path.name).read_bytes() == path.read_bytes()
-    bucket._store.put("experts/sa/1/large.bin", b"a second download would meet this")
+    bucket._objects._store.put("experts/sa/1/large.bin", b"a second download would meet this")
     assert bucket.fetch(ref, tmp_path / "cache") == fetched
     assert os.listdir(tmp_path / "cache") == [fetched.name]
 
@@ -618,7 +622,7 @@ def test_a_corrupt_file_is_named(store, folder, tmp_path):
 
 def test_a_corrupt_file_in_a_bucket_does_not_enter_the_cache(bucket, folder, tmp_path):
     ref = save(bucket, folder)
-    bucket._store.put("experts/sa/1/adapter_model.safetensors", b"weighty")
+    bucket._objects._store.put("experts/sa/1/adapter_model.safetensors", b"weighty")
     with pytest.raises(StoreError, match=r"experts/sa/1/adapter_model.safetensors is corrupt"):
         bucket.fetch(ref, tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == []
@@ -628,7 +632,7 @@ def test_a_corrupt_file_in_a_bucket_does_not_enter_the_cache(bucket, folder, tmp
 def test_a_missing_file_is_named(where, folder, tmp_path, request):
     store = request.getfixturevalue(where)
     ref = save(store, folder)
-    store._store.delete("experts/sa/1/rehearsal.jsonl")
+    store._objects._store.delete("experts/sa/1/rehearsal.jsonl")
     with pytest.raises(StoreError, match=r"rehearsal.jsonl"):
         store.fetch(ref, tmp_path / "cache")
 

@@ -12,7 +12,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from see_ray.errors import ConflictError, StoreError
-from see_ray.store.expert_store import ExpertRef, ExpertStore
+from see_ray.store.expert_store import ExpertStore
+from see_ray.store.records import ExpertRef
 
 
 class SmallS3(ThreadingHTTPServer):

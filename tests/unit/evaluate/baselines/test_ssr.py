@@ -6,7 +6,8 @@ import importlib.util
 
 import pytest
 
-from see_ray.data.task import Row, Task
+from see_ray.data.rows import Row
+from see_ray.data.task import Task
 from see_ray.evaluate.baselines import routers, ssr
 
 INSTRUCTION = "Say whether the review is good.\nAnswer in one word.\n\n"
