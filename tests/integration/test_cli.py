@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -40,7 +41,7 @@ def start_process(*args: str) -> subprocess.Popen[str]:
     )
 
 
-def test_serving_to_other_machines_needs_a_key(see_process, monkeypatch):
+def test_serving_to_other_machines_needs_a_key(see_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEE_API_KEY", raising=False)
     done = see_process("serve", "--host", "0.0.0.0")
     assert done.returncode == 1
@@ -127,7 +128,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("key")
 @pytest.mark.parametrize("option", [[], ["--no-stream"]])
-def test_ask_prints_the_answer_and_then_the_trace(see, url, option):
+def test_ask_prints_the_answer_and_then_the_trace(see: Any, url: str, option: Any) -> None:
     code, out, err = see("ask", "grüß dich", "--url", url, *option)
     assert (code, out) == (0, "You said: grüß dich\n")
     assert err.splitlines() == [
@@ -140,12 +141,12 @@ def test_ask_prints_the_answer_and_then_the_trace(see, url, option):
 
 
 @pytest.mark.usefixtures("key")
-def test_ask_tells_when_the_answer_was_cut_off(see, url):
+def test_ask_tells_when_the_answer_was_cut_off(see: Any, url: str) -> None:
     assert "cut off" in see("ask", "hi", "--url", url, "--max-tokens", "2")[2]
 
 
 @pytest.mark.usefixtures("key")
-def test_ask_reads_its_prompt_from_stdin(see_process, url):
+def test_ask_reads_its_prompt_from_stdin(see_process: Any, url: str) -> None:
     done = see_process("ask", "-", "--url", f"{url}/v1/", input="from\nstdin\n")
     assert (done.returncode, done.stdout) == (0, "You said: from\nstdin\n")
 
@@ -160,7 +161,7 @@ def test_ask_reads_its_prompt_from_stdin(see_process, url):
         ("break off", "broke off the answer; see the log of `see serve`\n"),
     ],
 )
-def test_what_the_endpoint_says_is_the_error(see, url, prompt, message):
+def test_what_the_endpoint_says_is_the_error(see: Any, url: str, prompt: str, message: str) -> None:
     code, _, err = see("ask", prompt, "--url", url)
     assert code == 1
     assert message in err
@@ -168,12 +169,12 @@ def test_what_the_endpoint_says_is_the_error(see, url, prompt, message):
 
 
 @pytest.mark.usefixtures("key")
-def test_an_unknown_model_is_the_endpoints_error(see, url):
+def test_an_unknown_model_is_the_endpoints_error(see: Any, url: str) -> None:
     code, _, err = see("ask", "hi", "--url", url, "--model", "gpt")
     assert (code, err) == (1, "error: the model 'gpt' does not exist; GET /v1/models lists the model ids\n")
 
 
-def test_a_missing_key_says_how_to_give_one(see, url, monkeypatch):
+def test_a_missing_key_says_how_to_give_one(see: Any, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEE_API_KEY", raising=False)
     code, _, err = see("ask", "hi", "--url", url)
     assert code == 1
@@ -181,7 +182,7 @@ def test_a_missing_key_says_how_to_give_one(see, url, monkeypatch):
     assert see("ask", "hi", "--url", url, "--api-key", KEY)[0] == 0
 
 
-def test_route_prints_the_trace(see, url):
+def test_route_prints_the_trace(see: Any, url: str) -> None:
     code, out, err = see("route", "hi", "--url", url)
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "answered by sa: accepted (sequence version 7, 27.3 ms)"
@@ -190,7 +191,7 @@ def test_route_prints_the_trace(see, url):
 
 
 @pytest.mark.parametrize("command", ["ask", "route"])
-def test_a_closed_port_says_how_to_start_an_endpoint(see, command):
+def test_a_closed_port_says_how_to_start_an_endpoint(see: Any, command: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     code, _, err = see(command, "hi", "--url", f"http://127.0.0.1:{port}")
@@ -200,22 +201,24 @@ def test_a_closed_port_says_how_to_start_an_endpoint(see, command):
 
 
 @pytest.mark.parametrize("wrong", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://127.0.0.1:port", ""])
-def test_a_wrong_url_says_how_to_write_one(see, wrong):
+def test_a_wrong_url_says_how_to_write_one(see: Any, wrong: str) -> None:
     code, _, err = see("route", "hi", "--url", wrong)
     assert code == 1
     assert "write it as http://host:port" in err
 
 
-def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(see, url, monkeypatch):
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
+    see: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     assert see("route", "hi", "--url", url)[0] == 0
 
 
-def test_health_waits_for_an_endpoint_that_starts(url):
+def test_health_waits_for_an_endpoint_that_starts(url: str) -> None:
     assert client.health(url)["sequence_version"] == 7
 
 
-def test_the_client_raises_our_errors(url):
+def test_the_client_raises_our_errors(url: str) -> None:
     with pytest.raises(RequestError) as refused:
         list(client.ask(url, "hi", model="see", api_key="wrong"))
     assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
@@ -224,7 +227,7 @@ def test_the_client_raises_our_errors(url):
 
 
 @pytest.mark.usefixtures("key")
-def test_control_c_is_exit_code_130(url):
+def test_control_c_is_exit_code_130(url: str) -> None:
     with start_process("ask", "hang", "--url", url) as process:
         assert process.stdout.read(3) == "You"
         process.send_signal(signal.SIGINT)
@@ -234,7 +237,7 @@ def test_control_c_is_exit_code_130(url):
 
 
 @pytest.mark.usefixtures("key")
-def test_a_broken_pipe_is_quiet(url):
+def test_a_broken_pipe_is_quiet(url: str) -> None:
     with start_process("ask", "go on", "--url", url) as process:
         assert process.stdout.read(3) == "You"
         process.stdout.close()

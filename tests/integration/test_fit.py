@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -40,7 +42,7 @@ class Recorder(FitListener):
 
 
 @pytest.fixture(scope="module")
-def prepared(config, tokenizer, tasks, task_file, general_file):
+def prepared(config: Any, tokenizer: Any, tasks: Any, task_file: Any, general_file: Path) -> Any:
     """21 accept and 16 pass examples: neither divides by the workers or by the batch."""
     task = read_task(task_file(tasks["dates"], 24), split=SplitOptions(eval_share=0.1))
     activation = activation_of(tokenizer, config.base_model, config.fit)
@@ -49,7 +51,15 @@ def prepared(config, tokenizer, tasks, task_file, general_file):
 
 
 @pytest.fixture(scope="module")
-def fit(config, ray_here, base, prepared, tokenizer, tasks, tmp_path_factory):
+def fit(
+    config: Any,
+    ray_here: None,
+    base: Any,
+    prepared: Any,
+    tokenizer: Any,
+    tasks: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
     """Fits with changed settings; returns the folder and what fit_expert returned."""
     from see_ray.models.activation import encode_prompt
 
@@ -63,7 +73,7 @@ def fit(config, ray_here, base, prepared, tokenizer, tasks, tmp_path_factory):
         for row in tasks[name].test[:8]
     ]
 
-    def run(name: str, listener=None, **changes):
+    def run(name: str, listener: Any = None, **changes: Any) -> Any:
         folder = tmp_path_factory.mktemp(name)
         settings = config.fit.model_copy(update={"train_batch_size": 8, "threads_per_worker": 1, **changes})
         point = activation_of(tokenizer, config.base_model, settings)
@@ -74,25 +84,27 @@ def fit(config, ray_here, base, prepared, tokenizer, tasks, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_worker(fit):
+def one_worker(fit: Any) -> Any:
     recorder = Recorder()
     folder, fitted = fit("one", recorder)
     return folder, fitted, recorder
 
 
-def test_a_fit_learns(one_worker):
+def test_a_fit_learns(one_worker: Any) -> None:
     summary = one_worker[1].summary
     assert summary.last_loss < summary.first_loss / 5
     assert summary.steps == len(summary.losses) == 2 * 5  # 2 epochs of 37 examples, 8 a step
 
 
-def test_held_out_decisions_tell_own_from_foreign(one_worker):
+def test_held_out_decisions_tell_own_from_foreign(one_worker: Any) -> None:
     decisions = one_worker[1].decisions
     assert sum(p > 0.5 for p in decisions[:8]) >= 7
     assert sum(decisions[8:]) / 8 < sum(decisions[:8]) / 8
 
 
-def test_the_adapter_is_compared_with_the_base_model_alone(one_worker, base, config, tokenizer, tasks):
+def test_the_adapter_is_compared_with_the_base_model_alone(
+    one_worker: Any, base: Any, config: Any, tokenizer: Any, tasks: Any
+) -> None:
     import torch
 
     from see_ray.models.activation import encode_prompt
@@ -111,7 +123,7 @@ def test_the_adapter_is_compared_with_the_base_model_alone(one_worker, base, con
     assert comparison.change > 1
 
 
-def test_the_workers_report_their_progress(one_worker):
+def test_the_workers_report_their_progress(one_worker: Any) -> None:
     phases = [progress.phase for progress in one_worker[2].progresses]
     assert "starting" in phases
     steps = [progress for progress in one_worker[2].progresses if progress.phase == "fit"]
@@ -119,25 +131,25 @@ def test_the_workers_report_their_progress(one_worker):
     assert all(progress.total == 10 and progress.loss > 0 and progress.tokens_per_s > 0 for progress in steps)
 
 
-def test_prefixes_are_read_once_and_kept(one_worker):
+def test_prefixes_are_read_once_and_kept(one_worker: Any) -> None:
     assert one_worker[1].summary.kv_hit_rate == 1.0
 
 
-def test_suffixes_are_packed_without_padding(one_worker):
+def test_suffixes_are_packed_without_padding(one_worker: Any) -> None:
     assert one_worker[1].summary.padding_share == 0.0
 
 
-def test_every_row_is_read_once_an_epoch(one_worker):
+def test_every_row_is_read_once_an_epoch(one_worker: Any) -> None:
     assert (one_worker[1].summary.fewest_reads, one_worker[1].summary.most_reads) == (2, 2)
 
 
-def test_every_step_is_measured_once_and_held_out_rows_after_each_epoch(one_worker):
+def test_every_step_is_measured_once_and_held_out_rows_after_each_epoch(one_worker: Any) -> None:
     measured = one_worker[2].measured
     assert [step for step, figures in measured if "train/loss" in figures] == list(range(1, 11))
     assert [step for step, figures in measured if "eval/own_accuracy" in figures] == [5, 10]
 
 
-def test_the_result_is_a_peft_folder(one_worker):
+def test_the_result_is_a_peft_folder(one_worker: Any) -> None:
     folder = one_worker[0]
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert (settings["peft_type"], settings["r"], settings["base_model_name_or_path"]) == ("LORA", 8, "embedded")
@@ -145,7 +157,7 @@ def test_the_result_is_a_peft_folder(one_worker):
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_two_workers_fit_the_same_expert_as_one(fit, one_worker, stage):
+def test_two_workers_fit_the_same_expert_as_one(fit: Any, one_worker: Any, stage: int) -> None:
     # Under ZeRO 3 every forward pass gathers the whole model: evaluate only in the end.
     _, fitted = fit(f"zero{stage}", num_workers=2, zero_stage=stage, eval_every_steps=1000)
     assert (fitted.summary.workers, fitted.summary.zero_stage) == (2, stage)
@@ -175,7 +187,7 @@ class Killer(Recorder):
 
 
 @pytest.mark.slow
-def test_a_fit_whose_worker_is_killed_goes_on_and_ends_as_undisturbed(fit, one_worker):
+def test_a_fit_whose_worker_is_killed_goes_on_and_ends_as_undisturbed(fit: Any, one_worker: Any) -> None:
     killer = Killer()
     _, fitted = fit("killed", killer, checkpoint_every_steps=2)
     assert killer.killed == 1
@@ -189,29 +201,29 @@ def test_a_fit_whose_worker_is_killed_goes_on_and_ends_as_undisturbed(fit, one_w
 
 
 @pytest.fixture(scope="module")
-def full(fit):
+def full(fit: Any) -> Any:
     """A fit in the full form that learns nothing, and may stop."""
     return fit("full", form="full", learning_rate=1e-12, eval_every_steps=1, early_stopping_patience=1)[1].summary
 
 
 @pytest.mark.slow
-def test_a_fit_that_learns_nothing_more_stops_early(full):
+def test_a_fit_that_learns_nothing_more_stops_early(full: Any) -> None:
     assert full.stopped_early
     assert full.steps == len(full.evaluations) == 2
 
 
 @pytest.mark.slow
-def test_the_full_form_keeps_no_prefix(full):
+def test_the_full_form_keeps_no_prefix(full: Any) -> None:
     assert full.kv_hit_rate == 0.0
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_fit(fit):
+def test_a_loss_that_is_not_finite_stops_the_fit(fit: Any) -> None:
     with pytest.raises(FitError, match=r"loss became (nan|inf) at step \d+, whose rows are .*dates\.jsonl:\d+"):
         fit("nan", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0)
 
 
-def test_out_of_memory_says_what_is_needed_and_which_settings_change_it(config, base):
+def test_out_of_memory_says_what_is_needed_and_which_settings_change_it(config: Any, base: Any) -> None:
     from see_ray.fit.memory import out_of_memory_message
 
     message = out_of_memory_message(MemoryError("no room for 9 GB"), config.base_model, 1000, config.fit)
@@ -222,7 +234,7 @@ def test_out_of_memory_says_what_is_needed_and_which_settings_change_it(config, 
         assert setting in message
 
 
-def test_a_target_module_that_does_not_exist_is_named(base, config):
+def test_a_target_module_that_does_not_exist_is_named(base: Any, config: Any) -> None:
     from see_ray.fit.peft_adapter import with_adapter
     from see_ray.models.base_model import load_model
 

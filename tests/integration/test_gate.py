@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from see_ray.admission.calibrate import calibrate
@@ -24,7 +26,7 @@ def failed(verdict: Verdict) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def decisions(engine, tokenizer, tasks):
+def decisions(engine: Any, tokenizer: Any, tasks: Any) -> Any:
     """P(accept) of the expert tickets for queries of each kind."""
     texts = {name: [row["prompt"] for row in task.test[:24]] for name, task in tasks.items()}
     texts["general"] = general_questions()[-12:]
@@ -35,12 +37,12 @@ def decisions(engine, tokenizer, tasks):
     }
 
 
-def test_a_real_expert_takes_nothing_from_one_of_another_task(decisions):
+def test_a_real_expert_takes_nothing_from_one_of_another_task(decisions: Any) -> None:
     foreign = [(kind, p) for kind in ("dates", "general") for p in decisions[kind]]
     assert ("taken", "dates") not in failed(judged(decisions["tickets"], foreign))
 
 
-def test_a_copy_of_an_older_task_fails_on_real_decisions(decisions):
+def test_a_copy_of_an_older_task_fails_on_real_decisions(decisions: Any) -> None:
     """An expert that was fitted on the same kind of queries as a live one."""
     own, kept = decisions["tickets"][:12], decisions["tickets"][12:]
     foreign = [("older", p) for p in kept] + [("general", p) for p in decisions["general"]]

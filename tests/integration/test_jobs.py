@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,25 +28,25 @@ def run(job: str, *arguments: str, **environment: str) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_there_are_scripts_to_check():
+def test_there_are_scripts_to_check() -> None:
     assert {"learn", "serve", "evaluate", "benchmarks/routing", "experiments/autoscale"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_says_what_it_does(script):
+def test_a_script_says_what_it_does(script: Any) -> None:
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
 
 
 @pytest.mark.parametrize("script", ["experiments/autoscale", "benchmarks/routing"])
-def test_a_wrong_setting_is_one_line(script):
+def test_a_wrong_setting_is_one_line(script: str) -> None:
     done = run(script, "--set", "fit.rank=3")
     assert done.returncode == 1
     assert done.stderr == "error: the configuration is not valid: fit.rank: no such setting\n"
 
 
-def test_a_renamed_setting_is_one_line_of_a_job(tmp_path):
+def test_a_renamed_setting_is_one_line_of_a_job(tmp_path: Path) -> None:
     done = run("experiments/autoscale", "--set", "serve.pass_tokens=64", "--store", str(tmp_path / "none"))
     assert done.returncode == 1  # no such store: nothing is started
     warning, error = done.stderr.splitlines()
@@ -54,14 +55,14 @@ def test_a_renamed_setting_is_one_line_of_a_job(tmp_path):
 
 
 @pytest.mark.parametrize(("job", "arguments"), [("learn", ["tickets.jsonl"]), ("serve", [])])
-def test_a_submitted_job_refuses_a_store_that_would_be_lost(job, arguments):
+def test_a_submitted_job_refuses_a_store_that_would_be_lost(job: str, arguments: Any) -> None:
     done = run(job, *arguments, RAY_JOB_CONFIG_JSON_ENV_VAR="{}")
     assert done.returncode == 1
     assert done.stderr.startswith("error: store.url is ./experts")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     """Ray itself looks for five minutes; `run` waits for two."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -85,7 +86,7 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-def test_only_what_jobs_need_is_uploaded(tree, tmp_path):
+def test_only_what_jobs_need_is_uploaded(tree: Path, tmp_path: Path) -> None:
     """With Ray's own packaging, from a working tree in which people have worked."""
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import create_package

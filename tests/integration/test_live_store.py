@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ ROWS, TOKENS = 4, 6
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory, tasks) -> dict[str, str]:
+def sources(tmp_path_factory: pytest.TempPathFactory, tasks: Any) -> dict[str, str]:
     """Test rows of the demo's tasks as files: two that were learned, one that is nobody's."""
     folder = tmp_path_factory.mktemp("sources")
     for name, task in tasks.items():
@@ -31,17 +32,17 @@ def sources(tmp_path_factory, tasks) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def evaluation(sources) -> EvalConfig:
+def evaluation(sources: dict[str, str]) -> EvalConfig:
     return EvalConfig((sources["tickets"], sources["dates"]), (sources["contacts"],), ROWS, TOKENS)
 
 
 @pytest.fixture(scope="module")
-def found(evaluation, config, experts, tmp_path_factory):
+def found(evaluation: EvalConfig, config: Any, experts: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("eval")
     return evaluate(evaluation, config, folder, Listener()), folder
 
 
-async def answered(engine: EmbeddedEngine, tokenizer, prompt: str, links: list[ChainEntry]) -> tuple[str, str]:
+async def answered(engine: EmbeddedEngine, tokenizer: Any, prompt: str, links: list[ChainEntry]) -> tuple[str, str]:
     """Who answers a query and what, asking expert after expert as an endpoint does."""
     ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
@@ -58,7 +59,9 @@ async def answered(engine: EmbeddedEngine, tokenizer, prompt: str, links: list[C
     return who, tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-async def test_every_row_of_r_is_that_of_asking_one_after_another(found, engine, tokenizer, tasks, experts):
+async def test_every_row_of_r_is_that_of_asking_one_after_another(
+    found: Any, engine: Any, tokenizer: Any, tasks: Any, experts: Any
+) -> None:
     result, _ = found
     links = [ChainEntry(manifest.name, manifest.threshold) for manifest in experts.live]
     assert result.tasks == ("tickets", "dates")
@@ -73,7 +76,9 @@ async def test_every_row_of_r_is_that_of_asking_one_after_another(found, engine,
     assert [who for _, _, who in result.routes][: len(answers)] == [who for who, _ in answers]
 
 
-async def test_queries_of_nobody_are_routed_and_not_scored(found, engine, tokenizer, tasks, experts):
+async def test_queries_of_nobody_are_routed_and_not_scored(
+    found: Any, engine: Any, tokenizer: Any, tasks: Any, experts: Any
+) -> None:
     result, _ = found
     links = [ChainEntry(manifest.name, manifest.threshold) for manifest in reversed(experts.live)]
     foreign = [who for owner, source, who in result.routes if (owner, source) == (GENERALIST, "contacts")]
@@ -82,7 +87,7 @@ async def test_queries_of_nobody_are_routed_and_not_scored(found, engine, tokeni
     assert set(result.scores[0]) == {"tickets", "dates"}
 
 
-def test_what_was_asked_is_not_asked_again(found, evaluation, config):
+def test_what_was_asked_is_not_asked_again(found: Any, evaluation: EvalConfig, config: Any) -> None:
     result, folder = found
     before = {path: path.stat().st_mtime_ns for path in (folder / "asked").glob("*.json")}
     assert len(before) >= 2 + 1  # decisions of two experts, answers of at least the generalist
@@ -90,7 +95,7 @@ def test_what_was_asked_is_not_asked_again(found, evaluation, config):
     assert {path: path.stat().st_mtime_ns for path in (folder / "asked").glob("*.json")} == before
 
 
-def test_the_report_says_what_was_measured(found, evaluation, config):
+def test_the_report_says_what_was_measured(found: Any, evaluation: EvalConfig, config: Any) -> None:
     result, folder = found
     text = report(evaluation, config, folder, Listener())
     assert f"| see | 1 | {100 * sum(result.matrix[-1]) / 2:.1f} |" in text
@@ -98,17 +103,21 @@ def test_the_report_says_what_was_measured(found, evaluation, config):
     assert (folder / "report.json").is_file()
 
 
-def test_a_task_that_was_never_learned_is_an_error_that_names_those_that_were(sources, config, experts, tmp_path):
+def test_a_task_that_was_never_learned_is_an_error_that_names_those_that_were(
+    sources: dict[str, str], config: Any, experts: Any, tmp_path: Path
+) -> None:
     with pytest.raises(TaskError, match=r"never learned contacts; it learned tickets, dates.*--foreign"):
         evaluate(EvalConfig((sources["contacts"],)), config, tmp_path, Listener())
 
 
-def test_an_unknown_kind_of_score_is_an_error(sources, config, experts, tmp_path):
+def test_an_unknown_kind_of_score_is_an_error(
+    sources: dict[str, str], config: Any, experts: Any, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="cannot score tickets by bleu"):
         evaluate(EvalConfig((sources["tickets"],), metrics=(("tickets", "bleu"),)), config, tmp_path, Listener())
 
 
-def test_a_training_file_is_asked_by_its_held_out_rows_only(tmp_path: Path, config):
+def test_a_training_file_is_asked_by_its_held_out_rows_only(tmp_path: Path, config: Any) -> None:
     lines = [json.dumps({"prompt": f"q{number}", "response": "r"}) for number in range(40)]
     (tmp_path / "sa.jsonl").write_text("\n".join(lines))
     (tmp_path / "sa.test.jsonl").write_text("\n".join(lines))
@@ -118,5 +127,5 @@ def test_a_training_file_is_asked_by_its_held_out_rows_only(tmp_path: Path, conf
     assert len(rows_of(str(tmp_path / "sa.test.jsonl"), config, 7)[1]) == 7
 
 
-def test_the_store_is_as_before(found, config, experts):
+def test_the_store_is_as_before(found: Any, config: Any, experts: Any) -> None:
     assert [ref.id for ref in ExpertStore.open(config.store.url).head().experts] == [m.id for m in experts.live]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -34,7 +35,7 @@ def named(expression: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def scraped(endpoint, tmp_path_factory) -> str:
+def scraped(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The endpoint's /metrics, once Ray has collected what one answer of each kind, and a fit, report."""
     body = {"model": "see", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     for extra in ({"max_tokens": 4}, {"max_tokens": 4, "stream": True}):
@@ -57,26 +58,26 @@ def samples(text: str) -> set[str]:
     return {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
 
 
-def test_every_metric_of_the_table_is_reported(scraped):
+def test_every_metric_of_the_table_is_reported(scraped: str) -> None:
     missing = {name for name in METRICS if not any(found.startswith(f"ray_{name}") for found in samples(scraped))}
     assert missing == set()
 
 
-def test_nothing_else_of_ours_is_reported(scraped):
+def test_nothing_else_of_ours_is_reported(scraped: str) -> None:
     known = {f"ray_{name}" for name in METRICS}
     ours = {family.name for family in text_string_to_metric_families(scraped) if family.name.startswith("ray_see_")}
     assert {name for name in ours if name not in known and f"{name}_total" not in known} == set()
 
 
-def test_who_answered_is_counted(scraped):
+def test_who_answered_is_counted(scraped: str) -> None:
     assert ANSWERED.search(scraped)
 
 
-def test_a_refused_request_is_counted_by_its_status(scraped):
+def test_a_refused_request_is_counted_by_its_status(scraped: str) -> None:
     assert REFUSED.search(scraped)
 
 
-def test_a_requests_id_is_in_the_log_of_every_hop(endpoint):
+def test_a_requests_id_is_in_the_log_of_every_hop(endpoint: str) -> None:
     """The proxy, the ingress, each expert asked, and who answers."""
     import ray
 
@@ -95,12 +96,12 @@ def test_a_requests_id_is_in_the_log_of_every_hop(endpoint):
 
 
 @pytest.mark.parametrize("expression", expressions())
-def test_a_dashboard_expression_asks_for_metrics_that_are_scraped(expression, scraped):
+def test_a_dashboard_expression_asks_for_metrics_that_are_scraped(expression: Any, scraped: str) -> None:
     assert named(expression)
     assert named(expression) - samples(scraped) == set()
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus is not installed")
-def test_prometheus_takes_the_endpoints_metrics(scraped):
+def test_prometheus_takes_the_endpoints_metrics(scraped: str) -> None:
     done = subprocess.run(["promtool", "check", "metrics"], input=scraped, capture_output=True, text=True)
     assert "error while linting" not in done.stderr + done.stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,19 +16,21 @@ from see_ray.store.expert_store import ExpertStore
 from see_ray.store.records import ExpertRef
 
 
-def test_newcomers_are_those_not_known(experts, config):
+def test_newcomers_are_those_not_known(experts: Any, config: Any) -> None:
     head = ExpertStore.open(config.store.url).head()
     known = frozenset({"tickets@1"})
     assert [ref.id for ref in newcomers.newcomers(head, known, "other")] == ["dates@1"]
     assert newcomers.newcomers(head, known | {"dates@1"}, "other") == ()
 
 
-def test_the_one_that_is_replaced_is_no_newcomer(experts, config):
+def test_the_one_that_is_replaced_is_no_newcomer(experts: Any, config: Any) -> None:
     head = ExpertStore.open(config.store.url).head()
     assert newcomers.newcomers(head, frozenset({"tickets@1"}), "dates") == ()
 
 
-def test_queries_of_an_expert_are_its_rehearsal_and_its_held_out_rows(experts, config, tokenizer):
+def test_queries_of_an_expert_are_its_rehearsal_and_its_held_out_rows(
+    experts: Any, config: Any, tokenizer: Any
+) -> None:
     store = ExpertStore.open(config.store.url)
     ref = ExpertRef(name="tickets", version=1)
     rehearsal, held_out = kept_chats(store, ref)
@@ -35,7 +39,7 @@ def test_queries_of_an_expert_are_its_rehearsal_and_its_held_out_rows(experts, c
     assert len(newcomers.kept_queries(store, [ref], tokenizer)) == len(rehearsal) + len(held_out)
 
 
-def test_the_base_model_of_the_live_experts_is_that_of_any_other_one(experts, config, base):
+def test_the_base_model_of_the_live_experts_is_that_of_any_other_one(experts: Any, config: Any, base: Any) -> None:
     store = ExpertStore.open(config.store.url)
     assert newcomers.live_base_model(store, store.head(), "dates") == (base.name, base.fingerprint)
     assert newcomers.live_base_model(store, store.sequence(1), "tickets") is None
@@ -44,7 +48,7 @@ def test_the_base_model_of_the_live_experts_is_that_of_any_other_one(experts, co
 class Meanwhile(Listener):
     """Publishes an expert while another one is fitted."""
 
-    def __init__(self, store: ExpertStore, ref: ExpertRef):
+    def __init__(self, store: ExpertStore, ref: ExpertRef) -> None:
         self.store, self.ref, self.steps = store, ref, []
 
     def step(self, title: str) -> None:
@@ -54,7 +58,9 @@ class Meanwhile(Listener):
 
 
 @pytest.mark.timeout(600)
-def test_the_second_of_two_that_are_fitted_at_once_is_checked_against_the_first(experts, config, tmp_path):
+def test_the_second_of_two_that_are_fitted_at_once_is_checked_against_the_first(
+    experts: Any, config: Any, tmp_path: Path
+) -> None:
     """`upper` joins while a task is fitted that has not seen its queries."""
     words = ["lamp", "river", "stone", "cloud", "paper", "green", "table", "bread", "smile", "north", "wheel", "glass"]
     rows = [{"prompt": f"Spell {word} backwards, please.", "response": word[::-1]} for word in words]

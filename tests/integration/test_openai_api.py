@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -56,7 +57,7 @@ async def answer(http: HttpRequest) -> JSONResponse | StreamingResponse:
     except RequestError as error:
         return JSONResponse(error_body(error), status_code=error.status)
 
-    async def events():
+    async def events() -> Any:
         yield sse(chunk(Choice(""), see=TRACE, **HEAD))
         for piece in PIECES:
             yield sse(chunk(Choice(piece), **HEAD))
@@ -87,12 +88,12 @@ def base_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def client(base_url) -> Iterator[openai.OpenAI]:
+def client(base_url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=base_url, api_key="sk-see", max_retries=0, timeout=10) as client:
         yield client
 
 
-def test_a_chat_stream_reaches_openais_client(client):
+def test_a_chat_stream_reaches_openais_client(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(model="see", messages=[USER], stream=True)
     chunks = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "".join(PIECES)
@@ -102,7 +103,7 @@ def test_a_chat_stream_reaches_openais_client(client):
     assert {chunk.id for chunk in chunks} == {"chatcmpl-1"}
 
 
-def test_usage_comes_last_where_it_was_asked_for(client):
+def test_usage_comes_last_where_it_was_asked_for(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="see", messages=[USER], stream=True, stream_options={"include_usage": True}
     )
@@ -112,21 +113,21 @@ def test_usage_comes_last_where_it_was_asked_for(client):
     assert chunks[-1].choices == []
 
 
-def test_a_completion_stream_reaches_openais_client(client):
+def test_a_completion_stream_reaches_openais_client(client: openai.OpenAI) -> None:
     chunks = list(client.completions.create(model="see", prompt="Hi", stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == "".join(PIECES)
     assert chunks[-1].choices[0].finish_reason == "stop"
     assert chunks[0].model_extra == {"see": TRACE}
 
 
-def test_a_failure_in_mid_stream_is_raised_by_openais_client(client):
+def test_a_failure_in_mid_stream_is_raised_by_openais_client(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(model="see", messages=[USER], stream=True, seed=13)
     with pytest.raises(openai.APIError, match="the engine broke") as caught:
         list(stream)
     assert (caught.value.type, caught.value.code) == ("server_error", "engine")
 
 
-def test_openais_client_knows_our_errors(client):
+def test_openais_client_knows_our_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         client.completions.create(model="gpt-4o", prompt="Hi")
     assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")

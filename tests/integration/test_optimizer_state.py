@@ -137,12 +137,12 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_losses_are_those_of_the_undisturbed_fit(results, case):
+def test_the_losses_are_those_of_the_undisturbed_fit(results: dict[str, Any], case: Any) -> None:
     assert results[case][0] == pytest.approx(results["straight"][0][HALF:], rel=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_adapter_is_that_of_the_undisturbed_fit(results, case):
+def test_the_adapter_is_that_of_the_undisturbed_fit(results: dict[str, Any], case: Any) -> None:
     straight, resumed = results["straight"][1], results[case][1]
     assert straight.keys() == resumed.keys()
     for name, weights in straight.items():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -24,12 +26,12 @@ LIVE_WITHIN_S = 15
 
 
 @pytest.fixture
-def client(endpoint) -> openai.OpenAI:
+def client(endpoint: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{endpoint}/v1", api_key="unused", max_retries=0)
 
 
 @pytest.fixture(scope="module")
-def ticket(endpoint, tasks) -> str:
+def ticket(endpoint: str, tasks: Any) -> str:
     """A ticket that is taken for one: an expert of so few rows passes on some of its own."""
     for row in tasks["tickets"].test[:20]:
         if post(endpoint, "/v1/route", messages=chat(row["prompt"])).json()["see"]["answered_by"] == "tickets":
@@ -41,34 +43,34 @@ def chat(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def post(endpoint: str, path: str = "/v1/chat/completions", **body) -> httpx.Response:
+def post(endpoint: str, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
     return httpx.post(f"{endpoint}{path}", json=body, timeout=60)
 
 
 # --- the openai package ------------------------------------------------------------------------
 
 
-def test_models_are_listed(client):
+def test_models_are_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["see", "see:dates", "see:tickets", "see:generalist"]
 
 
-def test_one_model_is_shown(client):
+def test_one_model_is_shown(client: openai.OpenAI) -> None:
     assert client.models.retrieve("see:dates").model_extra["parent"] == "see:generalist"
 
 
-def test_a_routed_answer_names_who_gave_it_and_why(client, ticket):
+def test_a_routed_answer_names_who_gave_it_and_why(client: openai.OpenAI, ticket: str) -> None:
     answer = client.chat.completions.create(model="see", messages=chat(ticket), max_tokens=4)
     trace = answer.model_extra["see"]
     assert [asked["expert"] for asked in trace["asked"]] == ["dates", "tickets"]
     assert (trace["answered_by"], trace["reason"]) == ("tickets", "accepted")
 
 
-def test_the_answering_expert_stands_in_a_header(client, ticket):
+def test_the_answering_expert_stands_in_a_header(client: openai.OpenAI, ticket: str) -> None:
     raw = client.chat.completions.with_raw_response.create(model="see", messages=chat(ticket), max_tokens=2)
     assert raw.headers["x-see-expert"] == "tickets"
 
 
-def test_a_stream_is_the_whole_answer_in_pieces(client):
+def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
     question = {"model": "see:generalist", "messages": chat("What is the capital of France?"), "max_tokens": 8}
     whole = client.chat.completions.create(**question).choices[0].message.content
     chunks = list(client.chat.completions.create(**question, stream=True, stream_options={"include_usage": True}))
@@ -78,7 +80,7 @@ def test_a_stream_is_the_whole_answer_in_pieces(client):
     assert chunks[-1].usage.completion_tokens > 0
 
 
-def test_several_answers_differ_and_each_is_repeated_by_its_seed(client):
+def test_several_answers_differ_and_each_is_repeated_by_its_seed(client: openai.OpenAI) -> None:
     question = {"model": "see:generalist", "messages": chat("Tell me a story."), "max_tokens": 12, "temperature": 1.0}
     several = client.chat.completions.create(**question, n=3, seed=5)
     alone = client.chat.completions.create(**question, seed=6)
@@ -89,7 +91,7 @@ def test_several_answers_differ_and_each_is_repeated_by_its_seed(client):
     assert several.usage.completion_tokens == 36
 
 
-def test_a_stream_of_several_answers_names_each_piece(client):
+def test_a_stream_of_several_answers_names_each_piece(client: openai.OpenAI) -> None:
     question = {"model": "see", "messages": chat("Tell me a story."), "max_tokens": 6, "temperature": 1.0, "seed": 5}
     whole = [choice.message.content for choice in client.chat.completions.create(**question, n=2).choices]
     pieces = ["", ""]
@@ -98,7 +100,7 @@ def test_a_stream_of_several_answers_names_each_piece(client):
     assert pieces == whole
 
 
-def test_log_probabilities_come_with_the_tokens(client, ticket):
+def test_log_probabilities_come_with_the_tokens(client: openai.OpenAI, ticket: str) -> None:
     question = {"model": "see:tickets", "messages": chat(ticket), "max_tokens": 6}
     answer = client.chat.completions.create(**question, logprobs=True, top_logprobs=2).choices[0]
     tokens = answer.logprobs.content
@@ -109,17 +111,17 @@ def test_log_probabilities_come_with_the_tokens(client, ticket):
     assert [token.token for part in pieces if part for token in part.content] == [token.token for token in tokens]
 
 
-def test_a_bare_completion_is_answered(client):
+def test_a_bare_completion_is_answered(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="see:generalist", prompt="What is the capital of France?", max_tokens=8)
     assert "Paris" in answer.choices[0].text
 
 
-def test_an_unknown_model_is_a_404(client):
+def test_an_unknown_model_is_a_404(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="see:nobody"):
         client.chat.completions.create(model="see:nobody", messages=chat("Hi"))
 
 
-def test_a_bad_body_is_a_400_that_names_the_field(client):
+def test_a_bad_body_is_a_400_that_names_the_field(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model="see", messages=chat("Hi"), temperature=9)
 
@@ -127,54 +129,54 @@ def test_a_bad_body_is_a_400_that_names_the_field(client):
 # --- refusals ----------------------------------------------------------------------------------
 
 
-def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(endpoint):
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(endpoint: str) -> None:
     error = post(endpoint, model="see", messages=chat("word " * 9000)).json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert "8192" in error["message"]
     assert "90" in error["message"]
 
 
-def test_max_tokens_beyond_the_room_left_is_refused_with_the_numbers(endpoint):
+def test_max_tokens_beyond_the_room_left_is_refused_with_the_numbers(endpoint: str) -> None:
     answer = post(endpoint, model="see", messages=chat("Hi"), max_tokens=8190)
     assert answer.status_code == 400
     assert "8190" in answer.json()["error"]["message"]
 
 
-def test_a_body_over_the_limit_is_refused_with_both_numbers(endpoint, config):
+def test_a_body_over_the_limit_is_refused_with_both_numbers(endpoint: str, config: Any) -> None:
     answer = post(endpoint, model="see", messages=chat("x" * 1_100_000))
     assert answer.status_code == 400
     assert str(config.serve.max_body_bytes) in answer.json()["error"]["message"].replace(",", "")
 
 
-def test_an_unknown_address_is_an_openai_error(endpoint):
+def test_an_unknown_address_is_an_openai_error(endpoint: str) -> None:
     answer = httpx.get(f"{endpoint}/v1/nothing")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
 
 
-def test_the_request_id_comes_back(endpoint):
+def test_the_request_id_comes_back(endpoint: str) -> None:
     answer = httpx.get(f"{endpoint}/v1/models", headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::", "example.org"])
-def test_an_open_address_needs_a_key(host, monkeypatch):
+def test_an_open_address_needs_a_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEE_API_KEY", raising=False)
     with pytest.raises(ServingError, match="--no-auth"):
         endpoint_module.check_exposure(load_config(None, [f"serve.host='{host}'"]))
 
 
 @pytest.mark.parametrize("allowed", ["serve.host=127.0.0.1", "serve.host=localhost", "serve.no_auth=true"])
-def test_loopback_or_a_word_needs_none(allowed, monkeypatch):
+def test_loopback_or_a_word_needs_none(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEE_API_KEY", raising=False)
     assert not endpoint_module.check_exposure(load_config(None, [allowed])).required
 
 
-def test_a_key_is_asked_for_once_there_is_one(monkeypatch):
+def test_a_key_is_asked_for_once_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEE_API_KEY", "secret")
     assert endpoint_module.check_exposure(load_config(None, ["serve.host=0.0.0.0"])).required
 
 
-def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint, config):
+def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint: str, config: Any) -> None:
     with pytest.raises(ServingError, match="already"):
         endpoint_module.start(config)
 
@@ -182,18 +184,20 @@ def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint, config):
 # --- the chain -----------------------------------------------------------------------------------
 
 
-def test_route_decides_without_answering(endpoint, ticket):
+def test_route_decides_without_answering(endpoint: str, ticket: str) -> None:
     body = post(endpoint, "/v1/route", messages=chat(ticket)).json()
     assert body["see"]["answered_by"] == "tickets"
     assert "choices" not in body
 
 
-def test_a_named_expert_is_not_asked(endpoint):
+def test_a_named_expert_is_not_asked(endpoint: str) -> None:
     trace = post(endpoint, model="see:tickets", messages=chat("Hi"), max_tokens=1).json()["see"]
     assert (trace["asked"], trace["reason"]) == ([], "named by the request")
 
 
-def test_lookahead_changes_no_outcome(endpoint, config, experts, tokenizer, mixed_queries):
+def test_lookahead_changes_no_outcome(
+    endpoint: str, config: Any, experts: Any, tokenizer: Any, mixed_queries: Any
+) -> None:
     from ray import serve
 
     handles = {manifest.name: serve.get_app_handle(expert_app(manifest.ref)) for manifest in experts.live}
@@ -220,7 +224,7 @@ def test_lookahead_changes_no_outcome(endpoint, config, experts, tokenizer, mixe
 
 
 @pytest.fixture(scope="module")
-def joined(endpoint, config, experts):
+def joined(endpoint: str, config: Any, experts: Any) -> Iterator[Any]:
     """The spare expert `upper` published at the live endpoint; replicas' processes before and
     after, seconds until it was live, and every answer's status while it joined."""
     store = ExpertStore.open(config.store.url)
@@ -239,23 +243,25 @@ def joined(endpoint, config, experts):
     store.remove("upper")
 
 
-def test_a_published_expert_is_live_soon(joined):
+def test_a_published_expert_is_live_soon(joined: Any) -> None:
     assert joined[2] is not None
     assert joined[2] < LIVE_WITHIN_S
 
 
-def test_no_other_replica_restarts_when_one_joins(joined):
+def test_no_other_replica_restarts_when_one_joins(joined: Any) -> None:
     before, after, _, _ = joined
     assert before.keys() == {"generalist", "tickets", "dates"}
     assert {name: after[name] for name in before} == before
     assert len({replica["pid"] for replica in after.values()}) == 4
 
 
-def test_no_request_is_lost_while_one_joins(joined):
+def test_no_request_is_lost_while_one_joins(joined: Any) -> None:
     assert set(joined[3]) == {200}
 
 
-def test_answers_are_those_of_plain_peft_token_for_token(joined, endpoint, config, base, experts, tokenizer, tasks):
+def test_answers_are_those_of_plain_peft_token_for_token(
+    joined: Any, endpoint: str, config: Any, base: Any, experts: Any, tokenizer: Any, tasks: Any
+) -> None:
     """Every expert and the generalist, through Serve, against PEFT's own greedy generation."""
     from peft import PeftModel
     from transformers import DynamicCache
@@ -289,7 +295,7 @@ def test_answers_are_those_of_plain_peft_token_for_token(joined, endpoint, confi
     assert checked == 12
 
 
-def test_a_routed_answer_is_the_named_experts_answer(endpoint, ticket):
+def test_a_routed_answer_is_the_named_experts_answer(endpoint: str, ticket: str) -> None:
     routed = post(endpoint, model="see", messages=chat(ticket), max_tokens=8).json()
     named = post(endpoint, model="see:tickets", messages=chat(ticket), max_tokens=8).json()
     assert routed["choices"][0]["message"] == named["choices"][0]["message"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -25,7 +27,7 @@ ADDRESS = "/shared"
 
 
 @pytest.fixture(scope="module")
-def shared_url(endpoint, config):
+def shared_url(endpoint: str, config: Any) -> Iterator[Any]:
     """A second ingress, under another address of the same server, with an ensemble behind it."""
     settings = config.model_copy(update={"serve": config.serve.model_copy(update={"topology": "shared"})})
     serve.run_many(
@@ -43,7 +45,7 @@ def shared_url(endpoint, config):
 
 
 @pytest.fixture(scope="module")
-def outcomes(shared_url, config, tokenizer, mixed_queries):
+def outcomes(shared_url: Any, config: Any, tokenizer: Any, mixed_queries: Any) -> Any:
     """Trace and answer of every tenth mixed query, by topology; per_expert with and without handing prefixes on."""
     deployer = serve.get_deployment_handle("Deployer", "see")
     alone = config.serve.model_copy(update={"share_prefix": False})
@@ -53,20 +55,20 @@ def outcomes(shared_url, config, tokenizer, mixed_queries):
         "shared": Shared(config.serve, ENSEMBLE_APP),
     }
 
-    async def ask(topology, live, text: str):
+    async def ask(topology: Any, live: Any, text: str) -> Any:
         prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}])
         request = GenerateRequest(tuple(prompt), sampling=GREEDY, stream=True)
         trace, chunks = await topology.answer(live, request, None)
         return trace, "".join([chunk.text async for chunk in chunks])
 
-    async def all_of(topology):
+    async def all_of(topology: Any) -> Any:
         live = await topology.live()
         return await asyncio.gather(*(ask(topology, live, text) for text in mixed_queries[::10]))
 
     return {name: asyncio.run(all_of(topology)) for name, topology in topologies.items()}
 
 
-def test_both_topologies_route_alike(outcomes):
+def test_both_topologies_route_alike(outcomes: Any) -> None:
     routes = {
         name: [[(a.expert, a.accepted) for a in trace.asked] for trace, _ in found] for name, found in outcomes.items()
     }
@@ -79,7 +81,9 @@ def test_both_topologies_route_alike(outcomes):
     assert {GENERALIST, "tickets", "dates"} == who
 
 
-async def test_a_replica_that_has_just_started_waits_until_it_knows_the_experts(experts, config, tokenizer):
+async def test_a_replica_that_has_just_started_waits_until_it_knows_the_experts(
+    experts: Any, config: Any, tokenizer: Any
+) -> None:
     """Or it would pass everything on to the generalist."""
     here = config.model_copy(update={"serve": config.serve.model_copy(update={"engine": "embedded"})})
     replica = Ensemble(here.model_dump(mode="json"))
@@ -89,12 +93,12 @@ async def test_a_replica_that_has_just_started_waits_until_it_knows_the_experts(
     replica._following.cancel()
 
 
-def test_both_topologies_answer_alike(outcomes):
+def test_both_topologies_answer_alike(outcomes: Any) -> None:
     answers = {name: [answer for _, answer in found] for name, found in outcomes.items()}
     assert answers["shared"] == answers["per_expert"] == answers["reading alone"]
 
 
-def test_the_shared_topology_speaks_to_the_openai_package(shared_url, outcomes, mixed_queries):
+def test_the_shared_topology_speaks_to_the_openai_package(shared_url: Any, outcomes: Any, mixed_queries: Any) -> None:
     client = openai.OpenAI(base_url=f"{shared_url}/v1", api_key="unused", max_retries=0)
     assert [model.id for model in client.models.list()] == ["see", "see:dates", "see:tickets", "see:generalist"]
     taken = [trace.answered_by == "tickets" for trace, _ in outcomes["shared"]]
@@ -110,7 +114,9 @@ def test_the_shared_topology_speaks_to_the_openai_package(shared_url, outcomes, 
         client.chat.completions.create(model="see:nobody", **question)
 
 
-def test_an_expert_joins_and_leaves_the_shared_topology_beside_traffic(shared_url, config, experts):
+def test_an_expert_joins_and_leaves_the_shared_topology_beside_traffic(
+    shared_url: Any, config: Any, experts: Any
+) -> None:
     store = ExpertStore.open(config.store.url)
     client = openai.OpenAI(base_url=f"{shared_url}/v1", api_key="unused", max_retries=0)
 

@@ -35,7 +35,7 @@ def spans() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def traced(endpoint) -> list[dict[str, Any]]:
+def traced(endpoint: str) -> list[dict[str, Any]]:
     """The spans of one query that nobody accepts, so that both experts and the generalist are asked."""
     body = {"messages": [{"role": "user", "content": "Hello, how are you?"}], "model": "see", "max_tokens": 2}
     answer = httpx.post(
@@ -54,14 +54,14 @@ def traced(endpoint) -> list[dict[str, Any]]:
     raise AssertionError("no spans of the query were written")
 
 
-def test_a_query_is_one_trace_through_all_hops(traced):
+def test_a_query_is_one_trace_through_all_hops(traced: list[dict[str, Any]]) -> None:
     names = [span["name"] for span in traced]
     assert sum(name == "replica_handle_request Expert decide" for name in names) == 2
     for hop in ("Ingress __call__", "Generalist export_prefix", "Generalist generate"):
         assert names.count(f"replica_handle_request {hop}") == 1
 
 
-def test_the_experts_that_are_asked_stand_under_the_walk(traced):
+def test_the_experts_that_are_asked_stand_under_the_walk(traced: list[dict[str, Any]]) -> None:
     parents = {span["context"]["span_id"]: span["parent_id"] for span in traced}
     (walk,) = (span["context"]["span_id"] for span in traced if span["name"] == "see.walk")
 
@@ -73,7 +73,7 @@ def test_the_experts_that_are_asked_stand_under_the_walk(traced):
             assert walk in ancestors(span["context"]["span_id"])
 
 
-def test_the_walk_says_what_was_decided(traced):
+def test_the_walk_says_what_was_decided(traced: list[dict[str, Any]]) -> None:
     (walk,) = (span for span in traced if span["name"] == "see.walk")
     assert walk["attributes"]["see.answered_by"] == "generalist"
     assert [event["attributes"]["see.expert"] for event in walk["events"]] == ["dates", "tickets"]
@@ -82,7 +82,7 @@ def test_the_walk_says_what_was_decided(traced):
         assert event["attributes"]["see.p_accept"] < event["attributes"]["see.threshold"]
 
 
-def test_a_missing_exporter_is_named(monkeypatch):
+def test_a_missing_exporter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(ServingError, match="pip install opentelemetry-exporter-otlp-proto-http"):

@@ -44,11 +44,11 @@ FORMS = {"one": 1, "two": 2, "other": 1, "third": 1, "whole": "all", "full": Non
 
 
 @pytest.fixture(scope="module")
-def activation(config, tokenizer) -> Activation:
+def activation(config: Any, tokenizer: Any) -> Activation:
     return activation_of(tokenizer, config.base_model, FitConfig())
 
 
-def adapter(folder: Path, base, config, seed: int, **settings: Any) -> Path:
+def adapter(folder: Path, base: Any, config: Any, seed: int, **settings: Any) -> Path:
     """A LoRA that PEFT makes, with random weights."""
     from peft import LoraConfig, get_peft_model
 
@@ -65,7 +65,9 @@ def adapter(folder: Path, base, config, seed: int, **settings: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory, base, config, activation) -> dict[str, Expert]:
+def experts(
+    tmp_path_factory: pytest.TempPathFactory, base: Any, config: Any, activation: Activation
+) -> dict[str, Expert]:
     folder = tmp_path_factory.mktemp("adapters")
     made = {}
     for seed, (name, tokens) in enumerate(FORMS.items()):
@@ -79,7 +81,7 @@ def experts(tmp_path_factory, base, config, activation) -> dict[str, Expert]:
 
 
 @pytest.fixture(scope="module")
-def vllm(base, config, experts) -> Iterator[VllmEngine]:
+def vllm(base: Any, config: Any, experts: dict[str, Expert]) -> Iterator[VllmEngine]:
     engine = VllmEngine(
         base,
         config.base_model.model_copy(update={"max_length": 1024}),
@@ -96,7 +98,7 @@ def vllm(base, config, experts) -> Iterator[VllmEngine]:
 
 
 @pytest.fixture(scope="module")
-def embedded(base, config, experts) -> EmbeddedEngine:
+def embedded(base: Any, config: Any, experts: dict[str, Expert]) -> EmbeddedEngine:
     engine = EmbeddedEngine(base, config.base_model, prefix_tokens=100_000)
     for expert in experts.values():
         engine.load(expert)
@@ -104,7 +106,7 @@ def embedded(base, config, experts) -> EmbeddedEngine:
 
 
 @pytest.fixture(scope="module")
-def prompts(tokenizer, tasks) -> list[list[int]]:
+def prompts(tokenizer: Any, tasks: Any) -> list[list[int]]:
     """50 prompts; every fifth is a second turn, with the generation prompt in the middle too."""
     texts = [row["prompt"] for task in tasks.values() for row in task.test[:13]] + general_questions()[:11]
     chats = []
@@ -131,7 +133,7 @@ class Verdict:
 class Peft:
     """The base model reads up to the activation point, then PEFT's model with the adapter goes on."""
 
-    def __init__(self, base, config, experts: dict[str, Expert], eos: frozenset[int]):
+    def __init__(self, base: Any, config: Any, experts: dict[str, Expert], eos: frozenset[int]) -> None:
         from peft import PeftConfig, PeftModel
 
         self.base, self.experts, self.eos = load_model(base, config.base_model), experts, sorted(eos)
@@ -178,7 +180,7 @@ class Peft:
 
 
 @pytest.fixture(scope="module")
-def peft(base, config, experts, vllm) -> Peft:
+def peft(base: Any, config: Any, experts: dict[str, Expert], vllm: VllmEngine) -> Peft:
     return Peft(base, config, experts, vllm.eos)
 
 
@@ -186,7 +188,7 @@ def request(prompt: list[int], expert: str | None, count: int, **sampling: Any) 
     return GenerateRequest(tuple(prompt), expert, SamplingParams(count, **sampling))
 
 
-async def answer(engine, prompt: list[int], name: str | None, count: int = ANSWER, **sampling: Any):
+async def answer(engine: Any, prompt: list[int], name: str | None, count: int = ANSWER, **sampling: Any) -> Any:
     return [token.id async for token in engine.generate(request(prompt, name, count, **sampling))]
 
 
@@ -210,12 +212,12 @@ def everything_at_once(engine: VllmEngine, prompts: list[list[int]]) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def cold(vllm, prompts) -> Outcome:
+def cold(vllm: VllmEngine, prompts: list[list[int]]) -> Outcome:
     return everything_at_once(vllm, prompts)
 
 
 @pytest.fixture(scope="module")
-def warm(vllm, prompts, cold) -> Outcome:
+def warm(vllm: VllmEngine, prompts: list[list[int]], cold: Outcome) -> Outcome:
     return everything_at_once(vllm, prompts)
 
 
@@ -229,7 +231,9 @@ def assert_greedy(verdict: Verdict, most: int) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["cold", "warm"])
-def test_decisions_and_answers_are_pefts(outcome, request, peft, prompts):
+def test_decisions_and_answers_are_pefts(
+    outcome: str, request: pytest.FixtureRequest, peft: Peft, prompts: list[list[int]]
+) -> None:
     made = request.getfixturevalue(outcome)
     for number, prompt in enumerate(prompts):
         for name, decision in zip(FORMS, made.decisions[number], strict=True):
@@ -239,14 +243,16 @@ def test_decisions_and_answers_are_pefts(outcome, request, peft, prompts):
         assert_greedy(peft.judge(prompt, None, made.answers[number, None]), ANSWER)
 
 
-def test_decisions_are_the_embedded_engines(cold, warm, embedded, prompts):
+def test_decisions_are_the_embedded_engines(
+    cold: Outcome, warm: Outcome, embedded: EmbeddedEngine, prompts: list[list[int]]
+) -> None:
     for number, prompt in enumerate(prompts):
         theirs = asyncio.run(embedded.decide(prompt, list(FORMS)))
         assert cold.decisions[number] == pytest.approx(theirs, abs=TOLERANCE)
         assert warm.decisions[number] == pytest.approx(theirs, abs=TOLERANCE)
 
 
-def test_answers_are_the_embedded_engines(cold, embedded, prompts):
+def test_answers_are_the_embedded_engines(cold: Outcome, embedded: EmbeddedEngine, prompts: list[list[int]]) -> None:
     """Token for token; two tokens may be equally likely within rounding, so one answer in fifty may differ."""
     whose = [(number, who) for number in range(0, 50, 4) for who in (*FORMS, None)]
 
@@ -258,7 +264,7 @@ def test_answers_are_the_embedded_engines(cold, embedded, prompts):
     assert sum(same) >= 0.98 * len(same)
 
 
-def test_experts_and_generalist_differ(cold, prompts):
+def test_experts_and_generalist_differ(cold: Outcome, prompts: list[list[int]]) -> None:
     """Else the tests above would hold for an engine that ignores adapters."""
     for one, other in itertools.combinations((*FORMS, None), 2):
         assert any(cold.answers[number, one] != cold.answers[number, other] for number in range(len(prompts)))
@@ -267,7 +273,9 @@ def test_experts_and_generalist_differ(cold, prompts):
 
 
 @pytest.mark.parametrize("over", [0, 1, 2, 3, 31])
-def test_a_block_may_end_anywhere_in_the_generation_prompt(over, vllm, peft, experts):
+def test_a_block_may_end_anywhere_in_the_generation_prompt(
+    over: int, vllm: VllmEngine, peft: Peft, experts: dict[str, Expert]
+) -> None:
     """The decision leaves blocks behind, and the answer starts from them."""
     generation_prompt = next(iter(experts.values())).activation.generation_prompt
     length = 3 * CPU_BLOCK + over
@@ -279,7 +287,9 @@ def test_a_block_may_end_anywhere_in_the_generation_prompt(over, vllm, peft, exp
         assert_greedy(verdict, ANSWER)
 
 
-def test_an_answer_that_comes_back_as_an_earlier_turn_is_read_by_the_base_model(vllm, peft, experts, tokenizer):
+def test_an_answer_that_comes_back_as_an_earlier_turn_is_read_by_the_base_model(
+    vllm: VllmEngine, peft: Peft, experts: dict[str, Expert], tokenizer: Any
+) -> None:
     """Its keys and values are still there, with the adapter in them, and must not be used."""
     first = encode_prompt(tokenizer, [{"role": "user", "content": "Name three rivers in Europe, and say how long."}])
     said = asyncio.run(answer(vllm, first, "one", 2 * CPU_BLOCK))
@@ -288,23 +298,25 @@ def test_an_answer_that_comes_back_as_an_earlier_turn_is_read_by_the_base_model(
     assert_greedy(peft.judge(second, "one", asyncio.run(answer(vllm, second, "one"))), ANSWER)
 
 
-def test_deciding_in_batches_is_deciding_one_by_one(vllm, cold, prompts):
+def test_deciding_in_batches_is_deciding_one_by_one(vllm: VllmEngine, cold: Outcome, prompts: list[list[int]]) -> None:
     decisions = vllm.decide_batch(prompts[:10], "two")
     place = list(FORMS).index("two")
     assert decisions == pytest.approx([made[place] for made in cold.decisions[:10]], abs=TOLERANCE)
 
 
-def test_a_seed_repeats_a_sampled_answer(vllm, prompts):
+def test_a_seed_repeats_a_sampled_answer(vllm: VllmEngine, prompts: list[list[int]]) -> None:
     first, again, other = (
         asyncio.run(answer(vllm, prompts[-1], None, 10, temperature=1.0, seed=seed)) for seed in (3, 3, 4)
     )
     assert first == again != other
 
 
-def test_log_probabilities_of_an_answer_are_its_own_while_others_decide(vllm, embedded, prompts):
+def test_log_probabilities_of_an_answer_are_its_own_while_others_decide(
+    vllm: VllmEngine, embedded: EmbeddedEngine, prompts: list[list[int]]
+) -> None:
     """vLLM's sampler would give all requests of a step what the decisions ask for."""
 
-    async def answered(engine) -> list[Any]:
+    async def answered(engine: Any) -> list[Any]:
         return [token async for token in engine.generate(request(prompts[0], "one", ANSWER, logprobs=3))]
 
     async def among_decisions() -> list[Any]:
@@ -323,12 +335,12 @@ def test_log_probabilities_of_an_answer_are_its_own_while_others_decide(vllm, em
 
 
 @pytest.fixture
-def cached(vllm, monkeypatch) -> dict[str, int]:
+def cached(vllm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Tokens of each expert's last decision that vLLM had already, in a cache that was empty before the test."""
     found: dict[str, int] = {}
     result = vllm._result
 
-    async def watched(prompt, loaded, params):
+    async def watched(prompt: Any, loaded: Any, params: Any) -> Any:
         output = await result(prompt, loaded, params)
         found[loaded.expert.name] = output.num_cached_tokens
         return output
@@ -345,7 +357,9 @@ def whole_blocks(prompt: list[int], expert: Expert) -> int:
     return (len(prompt) - expert.activation.tokens) // CPU_BLOCK * CPU_BLOCK
 
 
-def test_after_the_base_model_all_whole_blocks_before_the_activation_point_are_shared(vllm, experts, prompts, cached):
+def test_after_the_base_model_all_whole_blocks_before_the_activation_point_are_shared(
+    vllm: VllmEngine, experts: dict[str, Expert], prompts: list[list[int]], cached: dict[str, int]
+) -> None:
     for prompt in prompts[:10]:
         asyncio.run(answer(vllm, prompt, None, 1))
         vllm.decide_now(prompt, ACTIVATED)
@@ -353,7 +367,9 @@ def test_after_the_base_model_all_whole_blocks_before_the_activation_point_are_s
         assert min(cached.values()) > 0
 
 
-def test_of_experts_that_decide_together_one_reads_the_prompt(vllm, experts, prompts, cached):
+def test_of_experts_that_decide_together_one_reads_the_prompt(
+    vllm: VllmEngine, experts: dict[str, Expert], prompts: list[list[int]], cached: dict[str, int]
+) -> None:
     longest = max(prompts, key=len)
     vllm.decide_now(longest, ACTIVATED)
     for name in ACTIVATED[1:]:
@@ -361,7 +377,9 @@ def test_of_experts_that_decide_together_one_reads_the_prompt(vllm, experts, pro
     assert cached[ACTIVATED[0]] == 0
 
 
-def test_the_winners_answer_starts_from_what_the_decision_left(vllm, experts, prompts):
+def test_the_winners_answer_starts_from_what_the_decision_left(
+    vllm: VllmEngine, experts: dict[str, Expert], prompts: list[list[int]]
+) -> None:
     prompt = [*range(500, 500 + 4 * CPU_BLOCK - 4), *experts["one"].activation.generation_prompt]
     prompt = prompt[len(prompt) % CPU_BLOCK :]  # its last block is whole, with the adapted token in it
     vllm.decide_now(prompt, ["one"])
@@ -374,7 +392,9 @@ def test_the_winners_answer_starts_from_what_the_decision_left(vllm, experts, pr
     assert vllm._wait(first()) == len(prompt)
 
 
-def test_a_full_form_expert_shares_nothing(vllm, prompts, monkeypatch):
+def test_a_full_form_expert_shares_nothing(
+    vllm: VllmEngine, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     vllm._wait(vllm._llm.reset_prefix_cache())
     asyncio.run(answer(vllm, prompts[0], None))
     asyncio.run(answer(vllm, prompts[0], "one"))
@@ -386,14 +406,16 @@ def test_a_full_form_expert_shares_nothing(vllm, prompts, monkeypatch):
 
 
 @pytest.fixture
-def guest(vllm) -> Iterator[str]:
+def guest(vllm: VllmEngine) -> Iterator[str]:
     """Name of an expert that comes and goes."""
     yield "guest"
     if "guest" in vllm._experts:
         vllm.unload("guest")
 
 
-def test_an_expert_loaded_again_under_its_name_is_the_new_one(vllm, experts, guest, cold):
+def test_an_expert_loaded_again_under_its_name_is_the_new_one(
+    vllm: VllmEngine, experts: dict[str, Expert], guest: str, cold: Outcome
+) -> None:
     generation_prompt = experts["one"].activation.generation_prompt
     prompt = [*range(500, 500 + 4 * CPU_BLOCK - len(generation_prompt)), *generation_prompt]  # ends with a whole block
     for name in ("one", "other"):
@@ -401,19 +423,19 @@ def test_an_expert_loaded_again_under_its_name_is_the_new_one(vllm, experts, gue
         assert vllm.decide_now(prompt, [guest]) == pytest.approx(vllm.decide_now(prompt, [name]), abs=TOLERANCE)
 
 
-def test_an_unloaded_expert_is_unknown(vllm, experts, guest):
+def test_an_unloaded_expert_is_unknown(vllm: VllmEngine, experts: dict[str, Expert], guest: str) -> None:
     vllm.load(replace(experts["one"], name=guest))
     vllm.unload(guest)
     with pytest.raises(ServingError, match="no expert guest"):
         vllm.decide_now([1, 2, 3], [guest])
 
 
-def test_an_unknown_expert_is_an_error_not_the_base_model(vllm):
+def test_an_unknown_expert_is_an_error_not_the_base_model(vllm: VllmEngine) -> None:
     with pytest.raises(ServingError, match="no expert nobody"):
         asyncio.run(answer(vllm, [1, 2, 3], "nobody"))
 
 
-def changed(source: Path, target: Path, change) -> Path:
+def changed(source: Path, target: Path, change: Any) -> Path:
     """A copy of an adapter with `change(key, weight)` as its weights; None drops one."""
     from safetensors.torch import load_file, save_file
 
@@ -423,13 +445,17 @@ def changed(source: Path, target: Path, change) -> Path:
     return target
 
 
-def test_an_adapter_that_changes_nothing_is_refused(vllm, experts, guest, tmp_path):
+def test_an_adapter_that_changes_nothing_is_refused(
+    vllm: VllmEngine, experts: dict[str, Expert], guest: str, tmp_path: Path
+) -> None:
     folder = changed(experts["one"].folder, tmp_path, lambda _, weight: torch.zeros_like(weight))
     with pytest.raises(ServingError, match="changes nothing"):
         vllm.load(replace(experts["one"], name=guest, folder=folder))
 
 
-def test_an_adapter_for_layers_that_are_not_there_is_refused(vllm, experts, guest, tmp_path):
+def test_an_adapter_for_layers_that_are_not_there_is_refused(
+    vllm: VllmEngine, experts: dict[str, Expert], guest: str, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(experts["one"].folder / "adapter_model.safetensors")
@@ -440,7 +466,9 @@ def test_an_adapter_for_layers_that_are_not_there_is_refused(vllm, experts, gues
         vllm.load(replace(experts["one"], name=guest, folder=tmp_path))
 
 
-def test_an_adapter_for_narrower_layers_is_refused(vllm, experts, guest, tmp_path):
+def test_an_adapter_for_narrower_layers_is_refused(
+    vllm: VllmEngine, experts: dict[str, Expert], guest: str, tmp_path: Path
+) -> None:
     folder = changed(
         experts["one"].folder, tmp_path, lambda key, w: w[:, :-64] if key.endswith("o_proj.lora_A.weight") else w
     )
@@ -448,13 +476,17 @@ def test_an_adapter_for_narrower_layers_is_refused(vllm, experts, guest, tmp_pat
         vllm.load(replace(experts["one"], name=guest, folder=folder))
 
 
-def test_an_adapter_of_too_high_a_rank_is_refused(vllm, experts, guest, base, config, tmp_path):
+def test_an_adapter_of_too_high_a_rank_is_refused(
+    vllm: VllmEngine, experts: dict[str, Expert], guest: str, base: Any, config: Any, tmp_path: Path
+) -> None:
     folder = adapter(tmp_path, base, config, 1, r=32)
     with pytest.raises(ServingError, match=r"rank 32.*max_rank=32"):
         vllm.load(replace(experts["one"], name=guest, folder=folder))
 
 
-def test_what_vllm_cannot_apply_is_refused_and_the_engine_goes_on(vllm, experts, guest, tmp_path, cold, prompts):
+def test_what_vllm_cannot_apply_is_refused_and_the_engine_goes_on(
+    vllm: VllmEngine, experts: dict[str, Expert], guest: str, tmp_path: Path, cold: Outcome, prompts: list[list[int]]
+) -> None:
     config = json.loads((experts["one"].folder / "adapter_config.json").read_text())
     changed(experts["one"].folder, tmp_path, lambda _, weight: weight)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
@@ -463,7 +495,9 @@ def test_what_vllm_cannot_apply_is_refused_and_the_engine_goes_on(vllm, experts,
     assert vllm.decide_now(prompts[0], ["one"]) == pytest.approx(cold.decisions[0][:1], abs=TOLERANCE)
 
 
-def test_a_prompt_that_is_too_long_is_refused_and_the_engine_goes_on(vllm, cold, prompts):
+def test_a_prompt_that_is_too_long_is_refused_and_the_engine_goes_on(
+    vllm: VllmEngine, cold: Outcome, prompts: list[list[int]]
+) -> None:
     with pytest.raises(ServingError, match="1024"):
         vllm.decide_now([5] * 1025, ["one"])
     assert vllm.decide_now(prompts[0], ["one"]) == pytest.approx(cold.decisions[0][:1], abs=TOLERANCE)
@@ -472,7 +506,7 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_engine_goes_on(vllm, cold,
 # --- giving up ------------------------------------------------------------------------------
 
 
-def test_an_answer_that_is_given_up_leaves(vllm, prompts):
+def test_an_answer_that_is_given_up_leaves(vllm: VllmEngine, prompts: list[list[int]]) -> None:
     async def give_up() -> None:
         stream = vllm.generate(request(prompts[0], "one", 900))
         await anext(stream)
@@ -489,7 +523,9 @@ def test_an_answer_that_is_given_up_leaves(vllm, prompts):
 # --- too little room ---------------------------------------------------------------------------
 
 
-def test_answers_that_were_put_off_for_lack_of_room_are_pefts(vllm, base, config, experts, peft, prompts):
+def test_answers_that_were_put_off_for_lack_of_room_are_pefts(
+    vllm: VllmEngine, base: Any, config: Any, experts: dict[str, Expert], peft: Peft, prompts: list[list[int]]
+) -> None:
     """Room for 12 blocks, eight answers of up to six blocks: vLLM drops some and reads them again, answers and all."""
     from prometheus_client import REGISTRY
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,7 @@ TASKS = ("tickets", "dates")
 
 
 @pytest.fixture(scope="module")
-def plan(general_file):
+def plan(general_file: Path) -> Any:
     settings = [
         "base_model.dtype=float32",
         f"reconstruct.general_negatives_file={general_file}",
@@ -37,14 +39,14 @@ def plan(general_file):
     return Plan(None, TASKS, (), 16, 4, 4, 6, "auto", tuple(settings))
 
 
-def test_an_unknown_method_is_named_before_anything_begins(plan, tmp_path):
+def test_an_unknown_method_is_named_before_anything_begins(plan: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no method ewc; methods are generalist, oracle"):
         compare(plan, ["ewc"], [0], tmp_path, Listener())
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
-def ran(plan, ray_here, tmp_path_factory):
+def ran(plan: Any, ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A comparison that was interrupted after its first parts, and went on; the parts of the first half."""
     folder = tmp_path_factory.mktemp("compare")
     assert compare(plan, ["oracle"], [0], folder, Listener(), stop_after_s=0) is None
@@ -54,7 +56,7 @@ def ran(plan, ray_here, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_method_has_a_whole_matrix_and_its_cost(ran):
+def test_every_method_has_a_whole_matrix_and_its_cost(ran: Any) -> None:
     results, _, _ = ran
     assert [result.method for result in results] == CHOSEN
     for result in results:
@@ -64,7 +66,7 @@ def test_every_method_has_a_whole_matrix_and_its_cost(ran):
 
 
 @pytest.mark.slow
-def test_rows_fitted_on_are_those_that_each_method_reads(ran):
+def test_rows_fitted_on_are_those_that_each_method_reads(ran: Any) -> None:
     rows = {result.method: result.rows for result in ran[0]}
     assert rows["generalist"] == [0, 0]
     assert rows["oracle"] == rows["sequential"] == [16, 16]
@@ -75,7 +77,7 @@ def test_rows_fitted_on_are_those_that_each_method_reads(ran):
 
 
 @pytest.mark.slow
-def test_methods_share_the_fits_that_are_the_same(ran):
+def test_methods_share_the_fits_that_are_the_same(ran: Any) -> None:
     folders = [path.parent for path in ran[1].glob("*/adapters/*/fit_here.json")]
     # SSR's rows are what an adapter of one epoch writes; if that is nothing, its fit is the sequential one.
     ssr = any(result.rows[1] > 16 for result in ran[0] if result.method == "ssr")
@@ -84,13 +86,13 @@ def test_methods_share_the_fits_that_are_the_same(ran):
 
 
 @pytest.mark.slow
-def test_parts_of_an_interrupted_run_are_not_run_again(ran):
+def test_parts_of_an_interrupted_run_are_not_run_again(ran: Any) -> None:
     _, _, first = ran
     assert {path: path.stat().st_mtime_ns for path in first} == first
 
 
 @pytest.mark.slow
-def test_the_same_command_again_only_reads(ran, plan):
+def test_the_same_command_again_only_reads(ran: Any, plan: Any) -> None:
     results, folder, _ = ran
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
     assert json.dumps([result.matrix for result in compare(plan, CHOSEN, [0], folder, Listener())]) == json.dumps(
@@ -100,7 +102,7 @@ def test_the_same_command_again_only_reads(ran, plan):
 
 
 @pytest.mark.slow
-def test_another_order_finds_the_fits_that_it_shares(ran, plan, tmp_path):
+def test_another_order_finds_the_fits_that_it_shares(ran: Any, plan: Any, tmp_path: Path) -> None:
     results, folder, _ = ran
     fits = set(folder.glob("*/adapters/*"))
     turned = dataclasses.replace(plan, tasks=TASKS[::-1])

@@ -49,7 +49,7 @@ print(counts, left)
 
 
 @pytest.mark.slow
-def test_nodes_come_with_demand_go_when_idle_and_leave_nothing_behind(tmp_path):
+def test_nodes_come_with_demand_go_when_idle_and_leave_nothing_behind(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, tmp_path / "go"],
         cwd=ROOT,
@@ -62,7 +62,7 @@ def test_nodes_come_with_demand_go_when_idle_and_leave_nothing_behind(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_told_to_end_takes_its_cluster_with_it():
+def test_a_process_that_is_told_to_end_takes_its_cluster_with_it() -> None:
     script = """
 import time
 from loadtest.fake_cluster import FakeCluster

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,15 +15,15 @@ from see_ray.store.expert_store import ExpertStore
 
 
 @pytest.fixture
-def strict(config):
+def strict(config: Any) -> Any:
     """The shared settings with the default limits, and held-out rows enough for them."""
     few = config.reconstruct.model_copy(update={"eval_share": 0.25, "max_eval_rows": 12})
     return config.model_copy(update={"gate": GateConfig(), "reconstruct": few})
 
 
 @pytest.fixture
-def written(tmp_path):
-    def write(name, rows):
+def written(tmp_path: Path) -> Any:
+    def write(name: Any, rows: Any) -> Any:
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return Source(str(path))
@@ -29,13 +31,13 @@ def written(tmp_path):
     return write
 
 
-def live(config) -> list[str]:
+def live(config: Any) -> list[str]:
     return [ref.name for ref in ExpertStore.open(config.store.url).head().experts]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_poisoned_task_is_set_aside_and_can_be_forced(experts, strict, tasks, written):
+def test_a_poisoned_task_is_set_aside_and_can_be_forced(experts: Any, strict: Any, tasks: Any, written: Any) -> None:
     """The queries of a live expert with other answers."""
     poison = written("poison", [{"prompt": row["prompt"], "response": "no"} for row in tasks["tickets"].train[:40]])
     store = ExpertStore.open(strict.store.url)
@@ -52,7 +54,9 @@ def test_a_poisoned_task_is_set_aside_and_can_be_forced(experts, strict, tasks, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_an_expert_that_fails_is_published_by_force_and_says_so(experts, strict, tasks, written):
+def test_an_expert_that_fails_is_published_by_force_and_says_so(
+    experts: Any, strict: Any, tasks: Any, written: Any
+) -> None:
     poison = written("forced", [{"prompt": row["prompt"], "response": "no"} for row in tasks["tickets"].train[:40]])
     store = ExpertStore.open(strict.store.url)
     try:
@@ -67,7 +71,7 @@ def test_an_expert_that_fails_is_published_by_force_and_says_so(experts, strict,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_null_adapter_is_set_aside(experts, strict, tasks, written):
+def test_a_null_adapter_is_set_aside(experts: Any, strict: Any, tasks: Any, written: Any) -> None:
     still = strict.model_copy(update={"fit": strict.fit.model_copy(update={"learning_rate": 1e-12})})
     with pytest.raises(GateError, match="it is null"):
         learn(written("null", tasks["contacts"].train[:24]), still)
@@ -76,7 +80,7 @@ def test_a_null_adapter_is_set_aside(experts, strict, tasks, written):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_similar_task_of_other_wording_gets_in(experts, strict, tasks, written):
+def test_a_similar_task_of_other_wording_gets_in(experts: Any, strict: Any, tasks: Any, written: Any) -> None:
     """Tickets again, but asked for the customer's mood."""
     moods = ["I am very angry. ", "Thanks for your help! "]
     rows = [

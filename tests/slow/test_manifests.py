@@ -43,7 +43,7 @@ serve.shutdown()
 
 
 @pytest.mark.slow
-def test_serve_deploys_the_config_and_it_answers(tmp_path):
+def test_serve_deploys_the_config_and_it_answers(tmp_path: Path) -> None:
     """In a Ray of its own, with the embedded base model, a folder as the store, and no GPU; all else as shipped."""
     manifest = yaml.safe_load((ROOT / "cluster" / "rayservice.see.yaml").read_text(encoding="utf-8"))
     serve_config = yaml.safe_load(manifest["spec"]["serveConfigV2"])

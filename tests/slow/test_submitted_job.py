@@ -44,7 +44,7 @@ finally:
 
 
 @pytest.mark.slow
-def test_the_driver_and_its_workers_find_the_packages_beside_a_script(tmp_path):
+def test_the_driver_and_its_workers_find_the_packages_beside_a_script(tmp_path: Path) -> None:
     """`loadtest` lies beside the script: the driver imports it, and workers unpickle its functions by name."""
     for folder in ("see_ray", "jobs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))

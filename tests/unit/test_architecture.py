@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -100,23 +101,23 @@ def outside(names: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name and MODULES[name].name == "__init__.py"])
-def test_a_package_imports_nothing_by_itself(name):
+def test_a_package_imports_nothing_by_itself(name: Any) -> None:
     assert imports_of(name) == set()
 
 
 # --- Ray and torch -------------------------------------------------------------------------
 
 
-def test_ray_is_imported_only_where_it_is_used():
+def test_ray_is_imported_only_where_it_is_used() -> None:
     assert {name for name in MODULES if "ray" in outside(imports_of(name))} <= IMPORTS_RAY
 
 
-def test_torch_is_imported_at_once_only_where_it_computes():
+def test_torch_is_imported_at_once_only_where_it_computes() -> None:
     found = {name for name in MODULES if {"torch", "deepspeed", "peft"} & outside(imports_of(name, at_once=True))}
     assert found <= IMPORTS_TORCH_AT_ONCE
 
 
-def test_nothing_imports_torch_at_once_through_another_module():
+def test_nothing_imports_torch_at_once_through_another_module() -> None:
     reached = {
         (name, other)
         for name in set(MODULES) - IMPORTS_TORCH_AT_ONCE
@@ -125,7 +126,7 @@ def test_nothing_imports_torch_at_once_through_another_module():
     assert reached == set()
 
 
-def test_the_command_line_starts_without_what_takes_long_to_import():
+def test_the_command_line_starts_without_what_takes_long_to_import() -> None:
     slow = "{'ray', 'torch', 'transformers', 'deepspeed', 'peft', 'datasets', 'fastapi', 'obstore', 'pydantic'}"
     code = f"import sys, see_ray.cli.main; print(*sorted({slow} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -136,16 +137,16 @@ def test_the_command_line_starts_without_what_takes_long_to_import():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_has_at_most_500_lines(name):
+def test_a_module_has_at_most_500_lines(name: Any) -> None:
     assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= 500
 
 
-def test_no_module_is_a_drawer_of_leftovers():
+def test_no_module_is_a_drawer_of_leftovers() -> None:
     assert [name for name in MODULES if LEFTOVERS & set(re.split(r"[._]", name))] == []
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if MODULES[name].name != "__init__.py"])
-def test_a_module_opens_with_what_it_is(name):
+def test_a_module_opens_with_what_it_is(name: Any) -> None:
     assert ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))
 
 
@@ -174,7 +175,7 @@ def ray_versions(text: str) -> list[str]:
     return [tag.partition("-")[0] for tag in tags] + re.findall(r"rayVersion:\s*[\"']?([\w.]+)", text)
 
 
-def test_ray_has_one_version_in_the_pin_and_in_every_image():
+def test_ray_has_one_version_in_the_pin_and_in_every_image() -> None:
     found = {
         (path.relative_to(ROOT).as_posix(), version)
         for path in sorted((ROOT / "cluster").rglob("*"))
@@ -184,7 +185,7 @@ def test_ray_has_one_version_in_the_pin_and_in_every_image():
     assert {(path, version) for path, version in found if version != pins()["ray"]} == set()
 
 
-def test_versions_of_ray_are_found_in_the_forms_that_files_have():
+def test_versions_of_ray_are_found_in_the_forms_that_files_have() -> None:
     text = """
     image: rayproject/ray:2.59.0
     image: "rayproject/ray-ml:2.58.1-py311-cpu"
@@ -196,27 +197,27 @@ def test_versions_of_ray_are_found_in_the_forms_that_files_have():
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=lambda requirement: requirement.name)
-def test_every_dependency_has_a_pin_that_satisfies_it(requirement):
+def test_every_dependency_has_a_pin_that_satisfies_it(requirement: Any) -> None:
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
 
 
-def test_torch_is_pinned_to_the_version_without_a_build_tag():
+def test_torch_is_pinned_to_the_version_without_a_build_tag() -> None:
     assert "torch==2.13.0" in constraint_lines()
 
 
-def test_constraints_are_exact_pins_that_name_no_host_and_no_build():
+def test_constraints_are_exact_pins_that_name_no_host_and_no_build() -> None:
     exact = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][0-9a-z.]*")
     assert [line for line in constraint_lines() if not exact.fullmatch(line)] == []
 
 
-def test_no_package_is_pinned_twice():
+def test_no_package_is_pinned_twice() -> None:
     assert len(pins()) == len(constraint_lines())
 
 
 # --- the guards themselves -----------------------------------------------------------------
 
 
-def test_all_forms_of_import_are_seen():
+def test_all_forms_of_import_are_seen() -> None:
     source = """
 import a.b
 from see_ray import config, errors
@@ -239,6 +240,6 @@ except ImportError:
     assert outside(found) - outside(imported(source, at_once=True)) == {"c", "e"}
 
 
-def test_relative_imports_in_a_package_below_are_seen():
+def test_relative_imports_in_a_package_below_are_seen() -> None:
     assert "see_ray.models.prefix_kv" in imported("from ..models.prefix_kv import forward", package="see_ray.engine")
     assert "see_ray.engine.lora" in imported("from .lora import AdapterBank", package="see_ray.engine")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,17 +28,17 @@ BETTER = Comparison(rows=4, expert_loss=0.5, generalist_loss=2.0, change=9.0, se
 
 
 @pytest.fixture
-def base(tmp_path) -> BaseModel:
+def base(tmp_path: Path) -> BaseModel:
     return BaseModel("tiny", tmp_path, "f" * 64)
 
 
 @pytest.fixture
-def config(tmp_path) -> Config:
+def config(tmp_path: Path) -> Config:
     return Config.model_validate({"store": {"url": str(tmp_path / "store")}, "gate": {"max_taken": 0.0}})
 
 
 @pytest.fixture
-def publication(tmp_path, base, config) -> Publication:
+def publication(tmp_path: Path, base: BaseModel, config: Config) -> Publication:
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
@@ -46,16 +48,16 @@ def publication(tmp_path, base, config) -> Publication:
 
 
 @pytest.fixture
-def candidate(base) -> Candidate:
+def candidate(base: BaseModel) -> Candidate:
     return Candidate([0.9] * 8, [("general", 0.1)] * 8, {}, BETTER, (base.name, base.fingerprint), 0.01)
 
 
-def joins_once(publication, store, monkeypatch, decisions):
+def joins_once(publication: Publication, store: Any, monkeypatch: pytest.MonkeyPatch, decisions: Any) -> None:
     """Another expert that is published while the candidate is stored; it keeps queries with these decisions."""
     other = replace(publication, prepared=replace(publication.prepared, task=Task("qa", (), (), ())))
     saved = ExpertStore.save
 
-    def save(self, folder, *, name, **fields):
+    def save(self, folder: Any, *, name: Any, **fields: Any) -> Any:
         manifest = saved(self, folder, name=name, **fields)
         if name == "sa" and not store.head().experts:
             store.publish(saved(self, other.folder, name="qa", **fields).ref)
@@ -66,7 +68,9 @@ def joins_once(publication, store, monkeypatch, decisions):
     monkeypatch.setattr(newcomers, "decide", lambda *arguments: [("qa", p) for p in decisions])
 
 
-def test_an_expert_that_passes_is_live_with_its_report(publication, candidate, config):
+def test_an_expert_that_passes_is_live_with_its_report(
+    publication: Publication, candidate: Candidate, config: Config
+) -> None:
     published = publication.publish(candidate, Listener())
     store = ExpertStore.open(config.store.url)
     assert store.head() == published.sequence
@@ -76,7 +80,7 @@ def test_an_expert_that_passes_is_live_with_its_report(publication, candidate, c
     assert json.loads(store.read_text(published.manifest.ref, "gate.json"))["passed"]
 
 
-def test_one_that_fails_is_stored_and_not_live(publication, candidate, config):
+def test_one_that_fails_is_stored_and_not_live(publication: Publication, candidate: Candidate, config: Config) -> None:
     weak = replace(candidate, comparison=replace(BETTER, expert_loss=3.0))
     with pytest.raises(GateError, match=r"sa@1 is set aside, not live: its loss"):
         publication.publish(weak, Listener())
@@ -85,14 +89,16 @@ def test_one_that_fails_is_stored_and_not_live(publication, candidate, config):
     assert [manifest.gate for manifest in store.experts()] == ["set aside"]
 
 
-def test_one_that_fails_is_live_by_force(publication, candidate):
+def test_one_that_fails_is_live_by_force(publication: Publication, candidate: Candidate) -> None:
     weak = replace(candidate, comparison=replace(BETTER, expert_loss=3.0))
     published = replace(publication, force=True).publish(weak, Listener())
     assert published.manifest.gate == "forced"
     assert published.sequence.forced
 
 
-def test_an_expert_published_meanwhile_is_decided_on_first(publication, candidate, config, monkeypatch):
+def test_an_expert_published_meanwhile_is_decided_on_first(
+    publication: Publication, candidate: Candidate, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ExpertStore.open(config.store.url)
     joins_once(publication, store, monkeypatch, [0.3] * 4)
     published = publication.publish(candidate, Listener())
@@ -100,14 +106,18 @@ def test_an_expert_published_meanwhile_is_decided_on_first(publication, candidat
     assert published.calibration.foreign == len(candidate.foreign) + 4
 
 
-def test_an_expert_that_takes_newcomers_for_its_own_is_to_be_fitted_again(publication, candidate, config, monkeypatch):
+def test_an_expert_that_takes_newcomers_for_its_own_is_to_be_fitted_again(
+    publication: Publication, candidate: Candidate, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ExpertStore.open(config.store.url)
     joins_once(publication, store, monkeypatch, [0.95] * 4)
     assert publication.publish(candidate, Listener()) is None
     assert [ref.id for ref in store.head().experts] == ["qa@1"]
 
 
-def test_known_experts_are_not_decided_on(publication, candidate, config, monkeypatch):
+def test_known_experts_are_not_decided_on(
+    publication: Publication, candidate: Candidate, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ExpertStore.open(config.store.url)
     joins_once(publication, store, monkeypatch, [0.95] * 4)
     known = replace(publication.prepared, known=frozenset({ExpertRef(name="qa", version=1).id}))

@@ -27,7 +27,7 @@ def play(listener: progress_bar.TerminalListener) -> None:
         listener.step("Publishing")
 
 
-def test_a_log_has_each_step_once_and_the_end_of_each_progress():
+def test_a_log_has_each_step_once_and_the_end_of_each_progress() -> None:
     log = io.StringIO()
     play(progress_bar.TerminalListener(log))
     assert log.getvalue().splitlines() == [
@@ -39,7 +39,7 @@ def test_a_log_has_each_step_once_and_the_end_of_each_progress():
     ]
 
 
-def test_a_log_tells_of_progress_now_and_then(monkeypatch):
+def test_a_log_tells_of_progress_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_bar, "PLAIN_EVERY_S", 0.05)
     log, begun = io.StringIO(), time.monotonic()
     with progress_bar.TerminalListener(log) as listener:
@@ -76,14 +76,18 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[progress
     return show
 
 
-def test_a_terminal_has_a_bar_and_keeps_a_line_of_it(on_terminal):
+def test_a_terminal_has_a_bar_and_keeps_a_line_of_it(
+    on_terminal: Callable[[Callable[[progress_bar.TerminalListener], None]], str],
+) -> None:
     shown = on_terminal(play)
     assert "━" in shown
     assert "Reading [the] task" in shown
     assert "  fitting 3/3, 0 s, loss 0.7\r\n" in shown
 
 
-def test_an_interrupted_terminal_is_left_clean(on_terminal):
+def test_an_interrupted_terminal_is_left_clean(
+    on_terminal: Callable[[Callable[[progress_bar.TerminalListener], None]], str],
+) -> None:
     def interrupt(listener: progress_bar.TerminalListener) -> None:
         with contextlib.suppress(KeyboardInterrupt), listener:
             listener.step("Fitting sa")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from see_ray.cli import reference
@@ -9,7 +12,7 @@ from see_ray.config import Config
 
 
 @pytest.fixture
-def check(capsys):
+def check(capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs `python -m see_ray.cli.reference`; gives exit code and stderr."""
 
     def run(*args: str) -> tuple[int, str]:
@@ -21,18 +24,18 @@ def check(capsys):
 
 
 @pytest.mark.parametrize("name", reference.pages())
-def test_a_page_is_current(name, root):
+def test_a_page_is_current(name: Any, root: Path) -> None:
     path = root / "docs" / "reference" / name
     assert path.read_text(encoding="utf-8") == reference.pages()[name], f"run: {reference.COMMAND}"
 
 
-def test_what_was_written_is_current(check, tmp_path):
+def test_what_was_written_is_current(check: Any, tmp_path: Path) -> None:
     assert check("--dir", str(tmp_path)) == (0, "")
     assert check("--dir", str(tmp_path), "--check") == (0, "")
 
 
 @pytest.mark.parametrize("name", ["cli.md", "settings.md"])
-def test_a_page_that_is_out_of_date_is_named_with_the_command(check, tmp_path, name):
+def test_a_page_that_is_out_of_date_is_named_with_the_command(check: Any, tmp_path: Path, name: str) -> None:
     check("--dir", str(tmp_path))
     (tmp_path / name).write_text("old")
     code, err = check("--dir", str(tmp_path), "--check")
@@ -41,14 +44,14 @@ def test_a_page_that_is_out_of_date_is_named_with_the_command(check, tmp_path, n
     assert (tmp_path / name).read_text() == "old"  # a check writes nothing
 
 
-def test_every_command_is_on_its_page():
+def test_every_command_is_on_its_page() -> None:
     page = reference.cli_page()
     for command in ("see", "see learn", "see eval", "see serve", "see ask", "see experts", "see experts rollback"):
         assert f"## `{command}`\n" in page
         assert f"Usage: {command} " in page
 
 
-def test_every_setting_is_on_its_page():
+def test_every_setting_is_on_its_page() -> None:
     page = reference.settings_page()
     for section, field in Config.model_fields.items():
         assert all(f"| `{section}.{name}` |" in page for name in field.annotation.model_fields)
@@ -68,5 +71,5 @@ def test_every_setting_is_on_its_page():
         "| `serve.max_body_bytes` | `int` ≥ 1000 | `1000000` |",
     ],
 )
-def test_a_setting_has_type_bounds_and_default(row):
+def test_a_setting_has_type_bounds_and_default(row: str) -> None:
     assert row in reference.settings_page()

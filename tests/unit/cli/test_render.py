@@ -6,6 +6,8 @@ import io
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from see_ray.admission.calibrate import Calibration
 from see_ray.admission.gate import Finding, Verdict
 from see_ray.cli import render
@@ -17,7 +19,7 @@ from see_ray.models.activation import Activation
 from see_ray.pipeline import Learned
 
 
-def test_a_table_is_aligned_and_takes_cells_as_they_are():
+def test_a_table_is_aligned_and_takes_cells_as_they_are() -> None:
     rows = [["1", "[bold]x[/bold] :smile:", "y" * 300], ["22", "", ""]]
     assert render.table(["a", "column", "last"], rows).splitlines() == [
         "a   column                  last",
@@ -26,7 +28,7 @@ def test_a_table_is_aligned_and_takes_cells_as_they_are():
     ]
 
 
-def test_a_table_of_markdown():
+def test_a_table_of_markdown() -> None:
     assert render.table(["a", "b"], [["1", "long"]], markdown=True).splitlines() == [
         "| a | b    |",
         "|---|------|",
@@ -50,7 +52,7 @@ def prepared(prompt: str) -> Prepared:
     return Prepared(task, base, Letters(), Activation((ord(">"),), 1, ord("A"), ord("P")), made, frozenset())
 
 
-def test_a_dry_run_shows_the_loss_mask_of_every_kind_of_example(capsys):
+def test_a_dry_run_shows_the_loss_mask_of_every_kind_of_example(capsys: pytest.CaptureFixture[str]) -> None:
     render.print_prepared(prepared("is this ‖ good?>"))
     out = capsys.readouterr().out
     assert "sa would be fitted on 13 examples" in out
@@ -59,14 +61,14 @@ def test_a_dry_run_shows_the_loss_mask_of_every_kind_of_example(capsys):
     assert "── accept: 16 prompt tokens, 2 with loss" in out
 
 
-def test_a_dry_run_has_colours_on_a_terminal():
+def test_a_dry_run_has_colours_on_a_terminal() -> None:
     shown = io.StringIO()
     render.print_prepared(prepared("x" * 2000 + "?>"), render.Console(file=shown, force_terminal=True))
     assert "\x1b[1;32m⟦A!⟧\x1b[0m" in shown.getvalue()
     assert "[… 1203 characters …]" in shown.getvalue()
 
 
-def test_a_summary_of_what_was_learned(store):
+def test_a_summary_of_what_was_learned(store: Any) -> None:
     manifest, sequence = store.experts()[0], store.head()
     fit = FitSummary(
         steps=60, examples=200, tokens=9000, seconds=30.0, setup_seconds=9.0, tokens_per_s=300.0, first_loss=2.0,
@@ -97,7 +99,7 @@ def test_a_summary_of_what_was_learned(store):
     ]
 
 
-def test_a_started_endpoint_says_how_to_ask_it():
+def test_a_started_endpoint_says_how_to_ask_it() -> None:
     body = {"base_model": "tiny", "sequence_version": 7, "failed": {"qa@1": "no room"}}
     health = body | {"experts": [{"name": "sa", "version": 2}]}
     text = render.endpoint_text("http://127.0.0.1:8000", health, needs_key=True)

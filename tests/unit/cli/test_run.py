@@ -6,6 +6,8 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ from see_ray.errors import BadRowsError, StoreError
 from see_ray.store.expert_store import ExpertStore
 
 
-def test_help_answers_at_once(see_process):
+def test_help_answers_at_once(see_process: Any) -> None:
     times = []
     for _ in range(3):
         begun = time.perf_counter()
@@ -25,7 +27,7 @@ def test_help_answers_at_once(see_process):
     assert statistics.median(times) < 1.0  # 0.2 s where nothing else runs
 
 
-def test_help_imports_nothing_heavy(root):
+def test_help_imports_nothing_heavy(root: Path) -> None:
     code = (
         "import sys; from see_ray.cli.main import see; see.main(['learn', '--help'], standalone_mode=False); "
         "print([m for m in ('torch', 'ray', 'transformers', 'pydantic', 'rich', 'httpx', 'numpy') if m in sys.modules])"
@@ -35,7 +37,7 @@ def test_help_imports_nothing_heavy(root):
 
 
 @pytest.mark.parametrize("words", ["", "learn", "eval", "serve", "ask", "route", "demo", "experts", "experts list"])
-def test_every_command_has_help(see, words):
+def test_every_command_has_help(see: Any, words: str) -> None:
     code, out, _ = see(*words.split(), "--help")
     assert code == 0
     assert out.startswith(f"Usage: see {words}".rstrip())
@@ -45,7 +47,7 @@ def test_every_command_has_help(see, words):
 # --- errors -------------------------------------------------------------------------------------
 
 
-def test_an_error_is_one_line_and_exit_code_1(see_process):
+def test_an_error_is_one_line_and_exit_code_1(see_process: Any) -> None:
     done = see_process("experts", "list", "--store", "ftp://somewhere")
     assert done.returncode == 1
     assert done.stderr.startswith("error: cannot open the expert store ftp://somewhere")
@@ -53,25 +55,25 @@ def test_an_error_is_one_line_and_exit_code_1(see_process):
     assert done.stdout == ""
 
 
-def test_debugging_shows_the_traceback(monkeypatch):
+def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEE_DEBUG", "1")
     with pytest.raises(StoreError):
         main(["experts", "list", "--store", "ftp://somewhere"])
 
 
-def test_a_misspelt_setting_is_named(see):
+def test_a_misspelt_setting_is_named(see: Any) -> None:
     code, _, err = see("experts", "list", "--set", "store.ulr=/tmp/x")
     assert (code, err) == (1, "error: the configuration is not valid: store.ulr: no such setting\n")
 
 
-def test_a_misspelt_key_of_the_file_is_named(see, tmp_path):
+def test_a_misspelt_key_of_the_file_is_named(see: Any, tmp_path: Path) -> None:
     (tmp_path / "see.yaml").write_text("serve:\n  prot: 80\n")
     code, _, err = see("experts", "list", "--config", str(tmp_path / "see.yaml"))
     assert code == 1
     assert "serve.prot: no such setting" in err
 
 
-def test_an_option_wins_over_the_file(see, tmp_path):
+def test_an_option_wins_over_the_file(see: Any, tmp_path: Path) -> None:
     (tmp_path / "see.yaml").write_text("store:\n  url: ftp://from-file\n")
     config = ["--config", str(tmp_path / "see.yaml")]
     assert "ftp://from-file" in see("experts", "list", *config)[2]
@@ -79,25 +81,27 @@ def test_an_option_wins_over_the_file(see, tmp_path):
     assert "ftp://from-option" in see("experts", "list", *config, "--store", "ftp://from-option")[2]
 
 
-def test_a_name_that_yaml_takes_for_a_number_stays_a_name(see, tmp_path, monkeypatch):
+def test_a_name_that_yaml_takes_for_a_number_stays_a_name(
+    see: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert "no experts in" in see("experts", "list", "--store", "2024")[1]
     assert (tmp_path / "2024").is_dir()
 
 
-def test_a_bound_of_a_setting_holds_for_its_option(see):
+def test_a_bound_of_a_setting_holds_for_its_option(see: Any) -> None:
     code, _, err = see("serve", "--port", "70000")
     assert code == 1
     assert "serve.port" in err
 
 
-def test_wrong_usage_is_exit_code_2(see):
+def test_wrong_usage_is_exit_code_2(see: Any) -> None:
     code, _, err = see("learn")
     assert code == 2
     assert "Missing argument 'SOURCE'" in err
 
 
-def test_bad_rows_keep_their_lines(see, monkeypatch):
+def test_bad_rows_keep_their_lines(see: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(url: str) -> None:
         raise BadRowsError("2 bad rows:\n  a.jsonl:1: blank\n  a.jsonl:2: blank", (("a", "b"),))
 
@@ -108,7 +112,7 @@ def test_bad_rows_keep_their_lines(see, monkeypatch):
 # --- warnings ------------------------------------------------------------------------------------
 
 
-def test_a_renamed_setting_is_one_line_on_stderr(see_process, tmp_path):
+def test_a_renamed_setting_is_one_line_on_stderr(see_process: Any, tmp_path: Path) -> None:
     done = see_process("experts", "list", "--store", str(tmp_path), "--set", "serve.pass_tokens=64")
     assert done.returncode == 0
     assert done.stderr == (
@@ -116,7 +120,7 @@ def test_a_renamed_setting_is_one_line_on_stderr(see_process, tmp_path):
     )
 
 
-def test_a_warning_of_another_library_is_shown_as_python_does(root):
+def test_a_warning_of_another_library_is_shown_as_python_does(root: Path) -> None:
     code = (
         "import click, warnings; from see_ray.cli.run import run; "
         "run(click.Command('c', callback=lambda: warnings.warn('of others', FutureWarning)), [])"

@@ -103,7 +103,7 @@ def pinned_ray() -> str:
     return pin[1]
 
 
-def test_every_file_here_is_checked_below():
+def test_every_file_here_is_checked_below() -> None:
     others = {"Containerfile", "grafana.json"}  # test_architecture and test_metrics
     assert {path.name for path in CLUSTER.iterdir()} == {*LAUNCHER, *KUBERAY, *others}
 
@@ -112,14 +112,14 @@ def test_every_file_here_is_checked_below():
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
-def test_ray_up_takes_the_file(name):
+def test_ray_up_takes_the_file(name: Any) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     validate_config(prepare_config(loaded(name)))
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
-def test_gpu_nodes_come_from_zero_and_the_head_computes_nothing(name):
+def test_gpu_nodes_come_from_zero_and_the_head_computes_nothing(name: str) -> None:
     config = loaded(name)
     types = config["available_node_types"]
     assert types[config["head_node_type"]]["resources"] == {"CPU": 0}
@@ -133,14 +133,14 @@ def test_gpu_nodes_come_from_zero_and_the_head_computes_nothing(name):
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_kuberay_knows_every_field(name):
+def test_kuberay_knows_every_field(name: Any) -> None:
     manifest = loaded(name)
     assert manifest["apiVersion"] == "ray.io/v1"
     assert list(unknown(manifest, manifest["kind"])) == []
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_ray_start_takes_every_parameter(name):
+def test_ray_start_takes_every_parameter(name: Any) -> None:
     from ray.scripts.scripts import start
 
     options = {option.removeprefix("--") for parameter in start.params for option in parameter.opts}
@@ -150,21 +150,21 @@ def test_ray_start_takes_every_parameter(name):
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_what_a_container_mounts_is_a_volume_of_its_pod(name):
+def test_what_a_container_mounts_is_a_volume_of_its_pod(name: Any) -> None:
     for template in nodes(loaded(name), "template"):
         volumes = {volume["name"] for volume in template["spec"]["volumes"]}
         assert {m["name"] for c in template["spec"]["containers"] for m in c["volumeMounts"]} <= volumes
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_secrets_are_named_not_written(name):
+def test_secrets_are_named_not_written(name: Any) -> None:
     for variables in nodes(loaded(name), "env"):
         assert all("value" not in variable for variable in variables)
         assert {v["valueFrom"]["secretKeyRef"]["name"] for v in variables} == {"see-secrets"}
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_gpu_workers_may_go_and_ask_for_what_they_are_limited_to(name):
+def test_gpu_workers_may_go_and_ask_for_what_they_are_limited_to(name: Any) -> None:
     for group in (g for groups in nodes(loaded(name), "workerGroupSpecs") for g in groups):
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         for container in group["template"]["spec"]["containers"]:
@@ -172,7 +172,7 @@ def test_gpu_workers_may_go_and_ask_for_what_they_are_limited_to(name):
             assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
-def test_the_jobs_command_is_a_job_here_with_settings_that_exist():
+def test_the_jobs_command_is_a_job_here_with_settings_that_exist() -> None:
     from see_ray.config import load_config
 
     words = loaded("rayjob.learn.yaml")["spec"]["entrypoint"].split()
@@ -184,19 +184,19 @@ def test_the_jobs_command_is_a_job_here_with_settings_that_exist():
 
 
 @pytest.mark.parametrize("name", [*LAUNCHER, *KUBERAY])
-def test_an_image_is_of_this_version_and_of_the_pinned_ray(name):
+def test_an_image_is_of_this_version_and_of_the_pinned_ray(name: Any) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     images = {image for image in nodes(loaded(name), "image") if isinstance(image, str)}
     assert images == {f"example.com/see-ray:{version}-ray{pinned_ray()}"}
 
 
-def test_the_image_copies_what_is_there():
+def test_the_image_copies_what_is_there() -> None:
     copied = re.findall(r"^COPY \S+ (.+) \S+$", (CLUSTER / "Containerfile").read_text(), re.MULTILINE)
     assert copied
     assert all((ROOT / name).exists() for names in copied for name in names.split())
 
 
-def test_the_image_sets_what_a_ray_of_our_own_gets():
+def test_the_image_sets_what_a_ray_of_our_own_gets() -> None:
     from see_ray.cluster import WORKER_ENVIRONMENT
 
     text = (CLUSTER / "Containerfile").read_text()
@@ -211,13 +211,13 @@ def serve_config() -> dict[str, Any]:
     return yaml.safe_load(loaded("rayservice.see.yaml")["spec"]["serveConfigV2"])
 
 
-def test_serve_takes_the_config(serve_config):
+def test_serve_takes_the_config(serve_config: dict[str, Any]) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     ServeDeploySchema.model_validate(serve_config)
 
 
-def test_import_paths_resolve_and_settings_exist(serve_config):
+def test_import_paths_resolve_and_settings_exist(serve_config: dict[str, Any]) -> None:
     from see_ray.config import Config
 
     for app in serve_config["applications"]:

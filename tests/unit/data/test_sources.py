@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,17 +12,17 @@ from see_ray.data.task import read_task
 from see_ray.errors import BadRowsError, TaskError
 
 
-def rows(n, start=0):
+def rows(n: Any, start: Any = 0) -> Any:
     return [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(start, start + n)]
 
 
-def write(path, values):
+def write(path: Any, values: Any) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
     return path
 
 
-def test_not_utf8_names_the_byte_in_the_file(tmp_path):
+def test_not_utf8_names_the_byte_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a", "response": "b"}\n{"prompt": "\xe9", "response": "b"}\n')
     with pytest.raises(BadRowsError) as error:
@@ -29,13 +31,13 @@ def test_not_utf8_names_the_byte_in_the_file(tmp_path):
     assert error.value.rows == (("latin.jsonl:2", f"not UTF-8 at byte {position} of the file (from 0)"),)
 
 
-def test_raw_line_separator_does_not_end_a_row(tmp_path):
+def test_raw_line_separator_does_not_end_a_row(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"prompt": "a\u2028b", "response": "c"}\n{"prompt": "d", "response": "e"}\n', encoding="utf-8")
     assert sum(map(len, (read_task(path).train, read_task(path).eval))) == 2
 
 
-def test_byte_order_mark_crlf_and_blank_lines_are_fine(tmp_path):
+def test_byte_order_mark_crlf_and_blank_lines_are_fine(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(row).encode() for row in rows(3)) + b"\r\n \r\n")
     task = read_task(path)
@@ -45,7 +47,7 @@ def test_byte_order_mark_crlf_and_blank_lines_are_fine(tmp_path):
 # Sources.
 
 
-def test_parquet_reads_like_json_lines(tmp_path):
+def test_parquet_reads_like_json_lines(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -60,7 +62,7 @@ def test_parquet_reads_like_json_lines(tmp_path):
     assert by_where["x.parquet: row 3001"].response == "answer 2999"
 
 
-def test_parquet_row_that_is_not_utf8_is_bad(tmp_path):
+def test_parquet_row_that_is_not_utf8_is_bad(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -72,7 +74,7 @@ def test_parquet_row_that_is_not_utf8_is_bad(tmp_path):
     assert error.value.rows == (("x.parquet: row 2", "a text that is not UTF-8 at its byte 1 (from 0)"),)
 
 
-def test_other_parquet_columns_are_not_read(tmp_path):
+def test_other_parquet_columns_are_not_read(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -82,7 +84,7 @@ def test_other_parquet_columns_are_not_read(tmp_path):
     assert len(read_task(tmp_path / "x.parquet").train) == 2
 
 
-def test_parquet_without_known_columns_lists_its_own(tmp_path):
+def test_parquet_without_known_columns_lists_its_own(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -91,20 +93,20 @@ def test_parquet_without_known_columns_lists_its_own(tmp_path):
         read_task(tmp_path / "x.parquet")
 
 
-def test_file_that_is_no_parquet(tmp_path):
+def test_file_that_is_no_parquet(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("hello")
     with pytest.raises(TaskError, match=r"cannot read .*x\.parquet as parquet"):
         read_task(tmp_path / "x.parquet")
 
 
-def test_json_array_is_refused_with_the_way_out(tmp_path):
+def test_json_array_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(rows(5)))
     with pytest.raises(TaskError, match=r"one JSON array.*jq -c"):
         read_task(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("split", ["eval", "validation", "dev", "test"])
-def test_folder_with_a_single_task(tmp_path, split):
+def test_folder_with_a_single_task(tmp_path: Path, split: str) -> None:
     write(tmp_path / "sa.train.jsonl", rows(4))
     write(tmp_path / f"sa.{split}.jsonl", rows(3, start=4))
     write(tmp_path / "sa.extra.jsonl", rows(9, start=100))
@@ -112,18 +114,18 @@ def test_folder_with_a_single_task(tmp_path, split):
     assert (task.name, len(task.train), len(task.eval)) == ("sa", 4, 3)
 
 
-def test_folder_without_an_eval_split_holds_rows_out(tmp_path):
+def test_folder_without_an_eval_split_holds_rows_out(tmp_path: Path) -> None:
     write(tmp_path / "x" / "train.jsonl", rows(10))
     assert len(read_task(tmp_path / "x").eval) == 1
 
 
-def test_hidden_files_of_a_folder_are_passed_over(tmp_path):
+def test_hidden_files_of_a_folder_are_passed_over(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", rows(10))
     (tmp_path / "._train.jsonl").write_bytes(b"\0")  # macOS leaves these on shared disks
     assert len(read_task(tmp_path, name="x").train) == 9
 
 
-def test_folder_with_two_eval_splits_says_which_it_took(tmp_path):
+def test_folder_with_two_eval_splits_says_which_it_took(tmp_path: Path) -> None:
     for number, split in enumerate(["train", "test", "validation"]):
         write(tmp_path / f"{split}.jsonl", rows(3 + number, start=10 * number))
     task = read_task(tmp_path, name="x")
@@ -131,7 +133,7 @@ def test_folder_with_two_eval_splits_says_which_it_took(tmp_path):
     assert task.notes == ("took validation.jsonl as the eval split; did not use test.jsonl",)
 
 
-def test_folder_of_several_tasks_lists_them(tmp_path):
+def test_folder_of_several_tasks_lists_them(tmp_path: Path) -> None:
     for name in ("qa", "sa"):
         write(tmp_path / f"{name}.train.jsonl", rows(3))
         write(tmp_path / f"{name}.test.jsonl", rows(3, start=3))
@@ -139,20 +141,20 @@ def test_folder_of_several_tasks_lists_them(tmp_path):
         read_task(tmp_path)
 
 
-def test_folder_with_two_train_files(tmp_path):
+def test_folder_with_two_train_files(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", rows(3))
     write(tmp_path / "train.json", rows(3))
     with pytest.raises(TaskError, match=r"two train files, train\.json and train\.jsonl"):
         read_task(tmp_path)
 
 
-def test_folder_without_a_train_split_lists_what_is_there(tmp_path):
+def test_folder_without_a_train_split_lists_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "contest.jsonl", rows(3))  # ends with the letters of test, but is no test split
     with pytest.raises(TaskError, match=r"no train split: found contest\.jsonl; expected"):
         read_task(tmp_path)
 
 
-def test_single_file_does_not_use_its_sibling(tmp_path):
+def test_single_file_does_not_use_its_sibling(tmp_path: Path) -> None:
     path = write(tmp_path / "sa.train.jsonl", rows(10))
     write(tmp_path / "sa.test.jsonl", rows(10, start=10))
     task = read_task(path)
@@ -160,45 +162,45 @@ def test_single_file_does_not_use_its_sibling(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "\n \r\n"])
-def test_file_without_rows(tmp_path, content):
+def test_file_without_rows(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(TaskError, match=r"x\.jsonl (is empty|holds no rows); expected rows with `messages`"):
         read_task(tmp_path / "x.jsonl")
 
 
-def test_empty_eval_file(tmp_path):
+def test_empty_eval_file(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", rows(3))
     write(tmp_path / "eval.jsonl", [])
     with pytest.raises(TaskError, match=r"eval\.jsonl is empty"):
         read_task(tmp_path, name="x")
 
 
-def test_other_kinds_of_files_are_refused(tmp_path):
+def test_other_kinds_of_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("prompt,response\n")
     with pytest.raises(TaskError, match=r"x\.csv is not a task file; expected a \.jsonl"):
         read_task(tmp_path / "x.csv")
 
 
-def test_named_pipe_is_refused_without_waiting(tmp_path):
+def test_named_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jsonl")
     with pytest.raises(TaskError, match="is no file"):
         read_task(tmp_path / "x.jsonl")
 
 
 @pytest.mark.parametrize("source", ["", " ", "missing.jsonl", "./missing", "../missing/x", "a\0b"])
-def test_missing_path_that_cannot_be_a_dataset_id(tmp_path, monkeypatch, source):
+def test_missing_path_that_cannot_be_a_dataset_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TaskError, match="is no file, no folder and no dataset id; expected"):
         read_task(source)
 
 
-def test_path_that_the_system_refuses(tmp_path):
+def test_path_that_the_system_refuses(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"cannot read .*File name too long"):
         read_task(tmp_path / ("x" * 300 + ".jsonl"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_unreadable_file(tmp_path):
+def test_unreadable_file(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl", rows(3)).chmod(0)
     with pytest.raises(TaskError, match=r"cannot read .*Permission denied"):
         read_task(tmp_path / "x.jsonl")
@@ -208,7 +210,7 @@ def test_unreadable_file(tmp_path):
 
 
 @pytest.fixture
-def no_hub(tmp_path, monkeypatch):
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     import huggingface_hub
 
@@ -218,7 +220,7 @@ def no_hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def cached_dataset(no_hub, tmp_path):
+def cached_dataset(no_hub: Any, tmp_path: Path) -> None:
     """`team/chat` with the config `short`, as load_dataset leaves it in its cache."""
     import datasets
 
@@ -239,7 +241,7 @@ def cached_dataset(no_hub, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["owner/missing", "missing", "owner/missing:config"])
-def test_without_a_network_both_readings_are_named_at_once(no_hub, source):
+def test_without_a_network_both_readings_are_named_at_once(no_hub: Any, source: str) -> None:
     start = time.monotonic()
     with pytest.raises(TaskError) as error:
         read_task(source)
@@ -248,31 +250,31 @@ def test_without_a_network_both_readings_are_named_at_once(no_hub, source):
     assert time.monotonic() - start < 10
 
 
-def test_ids_that_the_hub_cannot_have_are_unknown(no_hub):
+def test_ids_that_the_hub_cannot_have_are_unknown(no_hub: Any) -> None:
     with pytest.raises(TaskError, match="no file or folder 'a--b/c', and the Hugging Face hub knows no such dataset"):
         read_task("a--b/c")
 
 
-def test_loader_names_do_not_read_the_working_folder(no_hub, tmp_path):
+def test_loader_names_do_not_read_the_working_folder(no_hub: Any, tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", rows(9))
     with pytest.raises(TaskError, match="knows no such dataset"):
         read_task("json")
 
 
-def test_cached_dataset_is_read_without_a_network(cached_dataset):
+def test_cached_dataset_is_read_without_a_network(cached_dataset: Any) -> None:
     task = read_task("team/chat:short")
     assert (task.name, len(task.train), len(task.eval)) == ("chat-short", 6, 4)
     assert task.train[0].where == "team/chat:short train: row 1"
     assert task.notes[0].startswith("read from the cache, as the Hugging Face hub could not be reached")
 
 
-def test_hub_lookup_leaves_the_offline_setting_as_it_was(cached_dataset):
+def test_hub_lookup_leaves_the_offline_setting_as_it_was(cached_dataset: Any) -> None:
     import datasets
 
     read_task("team/chat:short")
     assert datasets.config.HF_HUB_OFFLINE is False
 
 
-def test_path_wins_over_a_dataset_of_that_id(cached_dataset, tmp_path):
+def test_path_wins_over_a_dataset_of_that_id(cached_dataset: Any, tmp_path: Path) -> None:
     write(tmp_path / "team/chat/train.jsonl", rows(20))
     assert len(read_task("team/chat").train) == 18

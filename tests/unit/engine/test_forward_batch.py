@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ SHAPE = {
 EMPTY = Prefix((), (0,))
 
 
-def base_model(kind: str):
+def base_model(kind: str) -> Any:
     torch.manual_seed(0)
     model = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
@@ -46,7 +47,7 @@ def adapter_folder(folder: Path, kind: str, seed: int, rank: int) -> Path:
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
-def models(request, tmp_path_factory):
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model, a bank of four adapters of ranks 2 to 5 in it, and the same as PEFT models by adapter index."""
     from peft import PeftModel
 
@@ -61,7 +62,7 @@ def models(request, tmp_path_factory):
 
 
 @torch.inference_mode()
-def alone(peft, before: list[int], rest: list[int], adapter: int) -> torch.Tensor:
+def alone(peft: Any, before: list[int], rest: list[int], adapter: int) -> torch.Tensor:
     """Hidden states of `rest` behind `before`, which the base model runs; the adapter applies to `rest` only."""
     from transformers import DynamicCache
 
@@ -81,11 +82,11 @@ PROMPT = [3, 4, 5, 6, 7, 8, 9, 10]
 
 
 @torch.inference_mode()
-def run(model, bank, chunks, steps=()) -> None:
+def run(model: Any, bank: Any, chunks: Any, steps: Any = ()) -> None:
     run_batch(model, bank, chunks, steps)
 
 
-def test_decision_rows_are_as_each_adapter_alone(models):
+def test_decision_rows_are_as_each_adapter_alone(models: Any) -> None:
     model, bank, peft = models
     cases = [(7, (10,), (1, 2, 3, 4)), (5, (8, 9, 10), (4, 2)), (7, (10, 11), (0, 3)), (0, (3,), (1,))]
     for prefix_length, token_ids, adapters in cases:
@@ -95,7 +96,7 @@ def test_decision_rows_are_as_each_adapter_alone(models):
             assert close(rows.hidden[index], alone(peft, PROMPT[:prefix_length], list(token_ids), adapter))
 
 
-def test_a_prompt_in_chunks_is_as_in_one(models):
+def test_a_prompt_in_chunks_is_as_in_one(models: Any) -> None:
     model, bank, peft = models
     whole = PrefillChunk(EMPTY, tuple(PROMPT))
     first = PrefillChunk(EMPTY, tuple(PROMPT[:3]))
@@ -110,14 +111,14 @@ def test_a_prompt_in_chunks_is_as_in_one(models):
     assert close(rows.hidden[0], alone(peft, PROMPT, [11], 2))
 
 
-def test_a_prompt_with_an_adapter_is_plain_lora(models):
+def test_a_prompt_with_an_adapter_is_plain_lora(models: Any) -> None:
     model, bank, peft = models
     rows = DecisionRows(7, (10,), (3,))
     run(model, bank, [PrefillChunk(EMPTY, tuple(PROMPT[:-1]), 3, (rows,))])
     assert close(rows.hidden[0, -1], alone(peft, [], PROMPT, 3)[-1])
 
 
-def test_everything_in_one_batch_is_as_each_alone(models):
+def test_everything_in_one_batch_is_as_each_alone(models: Any) -> None:
     """Two prompts, decision rows, and decode steps of different lengths and adapters, in two blocks."""
     model, bank, peft = models
     steps, texts, kv_cache = [], [], None
@@ -150,7 +151,7 @@ def test_everything_in_one_batch_is_as_each_alone(models):
         assert close(step.hidden, alone(peft, text, [before.token_id, 5], adapter)[-1])
 
 
-def test_many_rows_are_attended_in_parts(models, monkeypatch):
+def test_many_rows_are_attended_in_parts(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, bank, peft = models
     monkeypatch.setattr("see_ray.engine.attention.MAX_SCORES", 40)
     rows = DecisionRows(7, (10,), (1, 2, 3, 4))
@@ -161,7 +162,7 @@ def test_many_rows_are_attended_in_parts(models, monkeypatch):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("activation_tokens", [1, 3, None], ids=["last token", "last tokens", "full form"])
-def test_hidden_states_and_logits_are_those_of_fitting(models, activation_tokens):
+def test_hidden_states_and_logits_are_those_of_fitting(models: Any, activation_tokens: int | None) -> None:
     """The same prompts, adapters and answers through both forward passes: the packed rows of training, and the
     engine's prefill, decision rows and decode steps."""
     model, bank, peft = models
@@ -193,7 +194,7 @@ def test_hidden_states_and_logits_are_those_of_fitting(models, activation_tokens
         assert not close(fitted, without_adapter), "the adapter changes nothing"
 
 
-def test_a_slot_that_is_used_again_shows_nothing_of_its_former_answer(models):
+def test_a_slot_that_is_used_again_shows_nothing_of_its_former_answer(models: Any) -> None:
     model, bank, peft = models
     kv_cache = None
     for text in (PROMPT, [20, 21]):
@@ -210,7 +211,7 @@ def test_a_slot_that_is_used_again_shows_nothing_of_its_former_answer(models):
     assert close(step.hidden, alone(peft, [20, 21], [9], 1)[-1])
 
 
-def test_a_removed_adapter_is_the_base_model(models, tmp_path):
+def test_a_removed_adapter_is_the_base_model(models: Any, tmp_path: Path) -> None:
     model, bank, peft = models
     kind = "mistral" if getattr(model.config, "sliding_window", None) else "llama"
     bank.add("passing", adapter_folder(tmp_path, kind, seed=9, rank=7))  # of a higher rank than any before
@@ -222,7 +223,7 @@ def test_a_removed_adapter_is_the_base_model(models, tmp_path):
     assert close(rows.hidden[0], alone(peft, PROMPT[:7], [10], 1))
 
 
-def test_an_adapter_of_the_output_layer_is_refused(models, tmp_path):
+def test_an_adapter_of_the_output_layer_is_refused(models: Any, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     _, bank, _ = models
@@ -236,7 +237,7 @@ def test_an_adapter_of_the_output_layer_is_refused(models, tmp_path):
         bank.add("output", tmp_path)
 
 
-def test_few_tokens_in_bfloat16_are_as_among_many(tmp_path):
+def test_few_tokens_in_bfloat16_are_as_among_many(tmp_path: Path) -> None:
     """Batches of one token, of two and of three use different kernels."""
     model = base_model("llama").to(torch.bfloat16)
     bank = AdapterBank(model)

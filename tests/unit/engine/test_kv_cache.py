@@ -14,7 +14,7 @@ LIKE = [(torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4))]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_of_a_slot_is_taken_only_as_it_is_written_to():
+def test_memory_of_a_slot_is_taken_only_as_it_is_written_to() -> None:
     def anonymous_kb() -> int:
         """Kilobytes of memory that belong to this process alone."""
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -30,7 +30,7 @@ def test_memory_of_a_slot_is_taken_only_as_it_is_written_to():
     assert 12_000 < anonymous_kb() - before < 24_000
 
 
-def test_a_slot_grows_by_what_is_appended():
+def test_a_slot_grows_by_what_is_appended() -> None:
     slot = KVCache(1024, LIKE).allocate(10)
     assert slot is not None
     slot.append([(torch.full((1, 2, 3, 4), 1.0), torch.full((1, 2, 3, 4), 2.0))])
@@ -41,7 +41,7 @@ def test_a_slot_grows_by_what_is_appended():
     assert values[slot.row, 0, :6, 0].tolist() == [2, 2, 2, 4, 4, 0]
 
 
-def test_slots_never_take_more_than_there_is():
+def test_slots_never_take_more_than_there_is() -> None:
     kv_cache = KVCache(4 * MIN_SLOT_TOKENS, LIKE)
     slots = []
     while (slot := kv_cache.allocate(10)) is not None:
@@ -53,7 +53,7 @@ def test_slots_never_take_more_than_there_is():
     assert kv_cache.allocate(10) is not None
 
 
-def test_unused_blocks_give_way_to_slots_of_another_size():
+def test_unused_blocks_give_way_to_slots_of_another_size() -> None:
     kv_cache = KVCache(4 * MIN_SLOT_TOKENS, LIKE)
     small = [kv_cache.allocate(10) for _ in range(4)]
     assert kv_cache.allocate(4 * MIN_SLOT_TOKENS) is None
@@ -65,7 +65,7 @@ def test_unused_blocks_give_way_to_slots_of_another_size():
     assert large.block.slot_tokens == 4 * MIN_SLOT_TOKENS
 
 
-def test_what_can_never_have_a_slot_is_known():
+def test_what_can_never_have_a_slot_is_known() -> None:
     kv_cache = KVCache(2 * MIN_SLOT_TOKENS, LIKE)
     assert kv_cache.fits(2 * MIN_SLOT_TOKENS)
     assert not kv_cache.fits(2 * MIN_SLOT_TOKENS + 1)

@@ -18,7 +18,7 @@ def ids(*numbers: int) -> tuple[int, ...]:
     return tuple(number * 100 + index for number in numbers for index in range(20))
 
 
-def test_a_new_prompt_starts_with_the_longest_prefix_that_it_shares():
+def test_a_new_prompt_starts_with_the_longest_prefix_that_it_shares() -> None:
     cache = PrefixCache(1000)
     cache.insert(ids(1, 2), None, prefix(39))
     cache.insert(ids(1, 3), None, prefix(39))
@@ -29,13 +29,13 @@ def test_a_new_prompt_starts_with_the_longest_prefix_that_it_shares():
     assert (cache.queries, cache.hits) == (31, 30)
 
 
-def test_the_last_token_is_never_cached():
+def test_the_last_token_is_never_cached() -> None:
     cache = PrefixCache(1000)
     cache.insert(ids(1, 2), None, prefix(39))
     assert cache.match(ids(1), None).num_cached == 19
 
 
-def test_few_shared_tokens_are_not_used():
+def test_few_shared_tokens_are_not_used() -> None:
     cache = PrefixCache(1000)
     cache.insert(ids(1), None, prefix(19))
     for shared in (MIN_SHARED_TOKENS - 1, MIN_SHARED_TOKENS):
@@ -43,21 +43,21 @@ def test_few_shared_tokens_are_not_used():
         assert matched.num_cached == (shared if shared >= MIN_SHARED_TOKENS else 0)
 
 
-def test_prompts_with_an_adapter_are_not_shared():
+def test_prompts_with_an_adapter_are_not_shared() -> None:
     cache = PrefixCache(1000)
     cache.insert(ids(1), "tickets", prefix(19))
     assert cache.match(ids(1), None).num_cached == 0
     assert cache.match(ids(1), "tickets").num_cached == 19
 
 
-def test_what_is_known_is_not_replaced_by_less():
+def test_what_is_known_is_not_replaced_by_less() -> None:
     cache = PrefixCache(1000)
     cache.insert(ids(1), None, prefix(19))
     cache.insert(ids(1), None, prefix(5))
     assert cache.match(ids(1), None).num_cached == 19
 
 
-def test_the_least_recently_used_are_evicted_but_none_in_use():
+def test_the_least_recently_used_are_evicted_but_none_in_use() -> None:
     cache = PrefixCache(50)
     for number in range(1, 6):
         cache.insert(ids(number), None, prefix(19))
@@ -68,7 +68,7 @@ def test_the_least_recently_used_are_evicted_but_none_in_use():
     assert [prompt.token_ids for prompt in cache] == [ids(5), ids(1), ids(2)]
 
 
-def test_the_last_prompt_stays_however_long_it_is():
+def test_the_last_prompt_stays_however_long_it_is() -> None:
     cache = PrefixCache(10)
     cache.insert(ids(1), None, prefix(19))
     cache.insert(ids(2), None, prefix(19))
@@ -76,7 +76,7 @@ def test_the_last_prompt_stays_however_long_it_is():
     assert [prompt.token_ids for prompt in cache] == [ids(2)]
 
 
-def test_decision_rows_count_once_however_many_experts_share_them():
+def test_decision_rows_count_once_however_many_experts_share_them() -> None:
     cache = PrefixCache(1000)
     prompt = cache.match(ids(1), None)
     rows = DecisionRows(19, (119,), (1, 2))
@@ -84,7 +84,7 @@ def test_decision_rows_count_once_however_many_experts_share_them():
     assert prompt.num_tokens == 2
 
 
-def test_an_expert_is_forgotten_with_its_decisions_and_its_prompts():
+def test_an_expert_is_forgotten_with_its_decisions_and_its_prompts() -> None:
     cache = PrefixCache(1000)
     prompt = cache.match(ids(1), None)
     rows = DecisionRows(19, (119,), (1, 2))

@@ -81,7 +81,7 @@ def execute(scheduler: Scheduler, batch: ScheduledBatch, token_id: int = 9) -> N
     scheduler.process_outputs(batch)
 
 
-async def test_a_long_prompt_is_prefilled_in_chunks_and_decided_on_with_the_last(scheduler):
+async def test_a_long_prompt_is_prefilled_in_chunks_and_decided_on_with_the_last(scheduler: Scheduler) -> None:
     request = add_prefill(scheduler, list(range(100, 230)), ["a", "b"])
     lengths = []
     while not request.done.done():
@@ -93,7 +93,9 @@ async def test_a_long_prompt_is_prefilled_in_chunks_and_decided_on_with_the_last
     assert set(request.prompt.decisions) == {"a", "b"}
 
 
-async def test_experts_with_the_same_tokens_share_decision_rows_in_the_order_of_their_adapters(scheduler):
+async def test_experts_with_the_same_tokens_share_decision_rows_in_the_order_of_their_adapters(
+    scheduler: Scheduler,
+) -> None:
     scheduler.add_expert(loaded_expert("wide", 4, tokens=2))
     add_prefill(scheduler, [3, 4, 5, 6], ["c", "wide", "a", None])
     batch = scheduler.schedule()
@@ -104,7 +106,7 @@ async def test_experts_with_the_same_tokens_share_decision_rows_in_the_order_of_
 
 
 @pytest.mark.parametrize("others", [0, 1])
-async def test_all_experts_run_their_indicators_only_where_nothing_else_runs(scheduler, others):
+async def test_all_experts_run_their_indicators_only_where_nothing_else_runs(scheduler: Scheduler, others: int) -> None:
     for number in range(others):
         add_prefill(scheduler, [20 + number, 4, 5, 6], ["a"])
     request = add_prefill(scheduler, [3, 4, 5, 6], ["a", "b"], max_indicator_rows=16)
@@ -113,7 +115,7 @@ async def test_all_experts_run_their_indicators_only_where_nothing_else_runs(sch
     assert [row.answer_follows for row in request.prompt.decisions.values()] == [not others] * 2
 
 
-async def test_requests_of_one_prompt_prefill_it_once(scheduler):
+async def test_requests_of_one_prompt_prefill_it_once(scheduler: Scheduler) -> None:
     first, second = (add_prefill(scheduler, [3, 4, 5, 6], [name]) for name in ("a", "b"))
     batch = scheduler.schedule()
     assert batch.prefills == [first]
@@ -123,7 +125,7 @@ async def test_requests_of_one_prompt_prefill_it_once(scheduler):
     assert batch.chunks[0].token_ids == ()
 
 
-async def test_no_tiny_chunk_is_prefilled_beside_other_work(scheduler):
+async def test_no_tiny_chunk_is_prefilled_beside_other_work(scheduler: Scheduler) -> None:
     first = add_prefill(scheduler, list(range(100, 100 + 64 - MIN_PREFILL_CHUNK + 2)), ["a"])
     second = add_prefill(scheduler, list(range(300, 400)), ["a"])
     assert scheduler.schedule().prefills == [first]
@@ -131,7 +133,9 @@ async def test_no_tiny_chunk_is_prefilled_beside_other_work(scheduler):
     assert scheduler.schedule().prefills == [second]
 
 
-async def test_answers_take_turns_if_there_are_more_than_one_step_decodes(scheduler, monkeypatch):
+async def test_answers_take_turns_if_there_are_more_than_one_step_decodes(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scheduler_module, "MAX_NUM_SEQS", 2)
     requests = [add_generation(scheduler, None) for _ in range(3)]
     execute(scheduler, scheduler.schedule())  # starts them
@@ -143,7 +147,7 @@ async def test_answers_take_turns_if_there_are_more_than_one_step_decodes(schedu
     assert decoded == [[0, 1], [2, 0], [1, 2]]
 
 
-async def test_an_answer_without_a_slot_waits_until_another_one_ends(scheduler):
+async def test_an_answer_without_a_slot_waits_until_another_one_ends(scheduler: Scheduler) -> None:
     requests = [add_generation(scheduler, None, max_tokens=1) for _ in range(5)]
     execute(scheduler, scheduler.schedule())
     assert (scheduler.running, scheduler.waiting) == (requests[:4], requests[4:])
@@ -153,7 +157,7 @@ async def test_an_answer_without_a_slot_waits_until_another_one_ends(scheduler):
     assert [requests[0].outputs.get_nowait().id, requests[0].outputs.get_nowait()] == [9, None]
 
 
-async def test_a_removed_expert_is_released_when_its_last_answer_has_ended(scheduler):
+async def test_a_removed_expert_is_released_when_its_last_answer_has_ended(scheduler: Scheduler) -> None:
     request = add_generation(scheduler, "a", max_tokens=2)
     expert = request.expert
     execute(scheduler, scheduler.schedule())
@@ -169,14 +173,14 @@ async def test_a_removed_expert_is_released_when_its_last_answer_has_ended(sched
         scheduler.add_generation(request)
 
 
-async def test_an_answer_starts_with_the_indicator_unless_it_follows_the_decision(scheduler):
+async def test_an_answer_starts_with_the_indicator_unless_it_follows_the_decision(scheduler: Scheduler) -> None:
     expert, generalist = add_generation(scheduler, "b"), add_generation(scheduler, None)
     execute(scheduler, scheduler.schedule())
     assert (expert.next_step().token_id, expert.next_step().adapter) == (ACCEPT, 2)
     assert generalist.next_step().adapter == 0
 
 
-async def test_a_decision_of_an_expert_that_was_replaced_meanwhile_is_dropped(scheduler):
+async def test_a_decision_of_an_expert_that_was_replaced_meanwhile_is_dropped(scheduler: Scheduler) -> None:
     request = add_prefill(scheduler, [3, 4, 5, 6], ["a"])
     batch = scheduler.schedule()
     scheduler.add_expert(loaded_expert("a", 9))
@@ -187,7 +191,7 @@ async def test_a_decision_of_an_expert_that_was_replaced_meanwhile_is_dropped(sc
         request.done.result()
 
 
-async def test_a_step_that_fails_fails_its_requests_and_no_other(scheduler):
+async def test_a_step_that_fails_fails_its_requests_and_no_other(scheduler: Scheduler) -> None:
     waiting, other = add_generation(scheduler, None), None
     prefill = add_prefill(scheduler, [3, 4, 5, 6], ["a"])
     batch = scheduler.schedule()

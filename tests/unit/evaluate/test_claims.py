@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from see_ray.evaluate.claims import claims
@@ -20,7 +22,7 @@ def held(**changes: float) -> dict[str, bool]:
     return {claim.sentence: claim.holds for claim in claims(methods)}
 
 
-def test_all_hold_where_all_is_well():
+def test_all_hold_where_all_is_well() -> None:
     assert list(held().values()) == [True] * 8
 
 
@@ -36,20 +38,20 @@ def test_all_hold_where_all_is_well():
         ({"auroc": 0.97}, {"AUROC"}),
     ],
 )
-def test_each_fails_by_its_own_number(change, words):
+def test_each_fails_by_its_own_number(change: dict[str, Any], words: Any) -> None:
     failed = [sentence for sentence, holds in held(**change).items() if not holds]
     assert len(failed) == len(words)
     assert all(any(word in sentence for sentence in failed) for word in words)
 
 
-def test_without_see_there_is_nothing_to_claim():
+def test_without_see_there_is_nothing_to_claim() -> None:
     assert claims({"oracle": body(ar=0.5)}) == []
 
 
-def test_what_is_live_is_not_compared_with_methods_that_did_not_run():
+def test_what_is_live_is_not_compared_with_methods_that_did_not_run() -> None:
     sentences = [claim.sentence for claim in claims({"see": body(**GOOD)})]
     assert not any("oracle" in sentence or "full" in sentence for sentence in sentences)
 
 
-def test_means_that_differ_by_rounding_alone_are_equal():
+def test_means_that_differ_by_rounding_alone_are_equal() -> None:
     assert held(ar=0.80 - 1e-12)["AR at least that of every method but the oracle"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from see_ray.data.rows import Row
 from see_ray.evaluate.queries import as_chat, encode_queries, general_chats
 from see_ray.models.activation import encode_prompt
 
 
-def test_queries_are_the_tasks_own_and_then_foreign_ones(tokenizer):
+def test_queries_are_the_tasks_own_and_then_foreign_ones(tokenizer: Any) -> None:
     rows = [Row((("user", "How much?"),), "Two", "sa:1"), Row((("user", "Where?"),), "Here", "sa:2")]
     queries = encode_queries({"sa": rows}, [("trec", [as_chat("Who?")])], tokenizer)
     assert [(query.owner, query.source, query.reference) for query in queries] == [
@@ -19,7 +21,7 @@ def test_queries_are_the_tasks_own_and_then_foreign_ones(tokenizer):
     assert queries[2].messages == [{"role": "user", "content": "Who?"}]
 
 
-def test_general_questions_are_chats_of_one_turn():
+def test_general_questions_are_chats_of_one_turn() -> None:
     chats = general_chats(3)
     assert len(chats) == 3
     assert all(len(chat) == 1 and chat[0]["role"] == "user" for chat in chats)

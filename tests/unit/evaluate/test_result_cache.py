@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from see_ray.evaluate.result_cache import cached_by_prompt, digest, write_json
 
 
-def test_only_missing_prompts_are_computed_each_once(tmp_path):
+def test_only_missing_prompts_are_computed_each_once(tmp_path: Path) -> None:
     computed: list[list[int]] = []
 
-    def lengths(missing):
+    def lengths(missing: Any) -> Any:
         computed.extend(map(list, missing))
         return [len(prompt) for prompt in missing]
 
@@ -23,8 +25,8 @@ def test_only_missing_prompts_are_computed_each_once(tmp_path):
     assert computed == [[1, 2], [3], [4, 5, 6]]
 
 
-def test_a_failed_computation_keeps_what_was_there(tmp_path):
-    def fail(missing):
+def test_a_failed_computation_keeps_what_was_there(tmp_path: Path) -> None:
+    def fail(missing: Any) -> None:
         raise RuntimeError("no")
 
     path = tmp_path / "results.json"
@@ -34,11 +36,11 @@ def test_a_failed_computation_keeps_what_was_there(tmp_path):
     assert cached_by_prompt(path, [[1]], fail) == ["a"]
 
 
-def test_a_key_does_not_depend_on_the_order_of_fields():
+def test_a_key_does_not_depend_on_the_order_of_fields() -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
 
 
-def test_writing_leaves_no_other_file(tmp_path):
+def test_writing_leaves_no_other_file(tmp_path: Path) -> None:
     write_json(tmp_path / "folder" / "x.json", [1])
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["x.json"]
     assert json.loads((tmp_path / "folder" / "x.json").read_text()) == [1]

@@ -24,7 +24,7 @@ def nothing(note: str) -> None:
     raise AssertionError(note)
 
 
-def test_what_is_saved_is_loaded(checkpoints):
+def test_what_is_saved_is_loaded(checkpoints: Checkpoints) -> None:
     checkpoints.save(STATE, TENSORS)
     state, tensors = checkpoints.load(nothing)
     assert state == STATE
@@ -32,30 +32,30 @@ def test_what_is_saved_is_loaded(checkpoints):
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
 
 
-def test_there_is_none_at_first(checkpoints):
+def test_there_is_none_at_first(checkpoints: Checkpoints) -> None:
     assert checkpoints.load(nothing) is None
 
 
-def test_the_newest_is_loaded(checkpoints):
+def test_the_newest_is_loaded(checkpoints: Checkpoints) -> None:
     for step in (2, 30, 4):
         checkpoints.save(replace(STATE, step=step), TENSORS)
     assert checkpoints.load(nothing)[0].step == 30
 
 
-def test_only_the_newest_are_kept(checkpoints):
+def test_only_the_newest_are_kept(checkpoints: Checkpoints) -> None:
     for step in range(1, 8):
         checkpoints.save(replace(STATE, step=step), TENSORS)
     assert checkpoints.steps() == [7, 6]
     assert KEPT == 2
 
 
-def test_fits_do_not_see_each_others(checkpoints, tmp_path):
+def test_fits_do_not_see_each_others(checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.save(STATE, TENSORS)
     assert Checkpoints(str(tmp_path), "checkpoints/sa-5678").load(nothing) is None
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty"])
-def test_a_corrupt_one_is_passed_over_for_the_one_before(checkpoints, tmp_path, harm):
+def test_a_corrupt_one_is_passed_over_for_the_one_before(checkpoints: Checkpoints, tmp_path: Path, harm: str) -> None:
     for step in (1, 2):
         checkpoints.save(replace(STATE, step=step), TENSORS)
     newest = next(tmp_path.rglob("00000002-*"))
@@ -69,20 +69,20 @@ def test_a_corrupt_one_is_passed_over_for_the_one_before(checkpoints, tmp_path, 
     assert "corrupt" in notes[0]
 
 
-def test_where_all_are_corrupt_there_is_none(checkpoints, tmp_path):
+def test_where_all_are_corrupt_there_is_none(checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.save(STATE, TENSORS)
     next(tmp_path.rglob("00000004-*")).write_bytes(b"?")
     assert checkpoints.load(lambda note: None) is None
 
 
-def test_a_half_written_one_is_none(checkpoints, tmp_path):
+def test_a_half_written_one_is_none(checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.save(STATE, TENSORS)
     newest = next(tmp_path.rglob("00000004-*"))
     newest.with_name(newest.name + "#1").write_bytes(b"unfinished")  # as obstore names what it has not yet renamed
     assert checkpoints.steps() == [4]
 
 
-def test_a_full_disk_leaves_the_one_before(tmp_path):
+def test_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
     """On a file system of its own, 1 MB large; needs the right to mount one."""
     import subprocess
 
@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_clearing_leaves_nothing_of_the_fit(checkpoints, tmp_path):
+def test_clearing_leaves_nothing_of_the_fit(checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.save(STATE, TENSORS)
     checkpoints.clear()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

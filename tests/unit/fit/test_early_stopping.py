@@ -11,7 +11,7 @@ def evaluation(step: int, accuracy: float, loss: float) -> Evaluation:
     return {"step": step, "own_accuracy": accuracy, "foreign_accuracy": 1.0, "response_loss": loss}
 
 
-def test_patience_ends_where_neither_decisions_nor_responses_improve():
+def test_patience_ends_where_neither_decisions_nor_responses_improve() -> None:
     evaluations = [
         evaluation(1, 0.5, 2.0),
         evaluation(2, 0.9, 1.0),
@@ -23,7 +23,7 @@ def test_patience_ends_where_neither_decisions_nor_responses_improve():
     assert not patience_exhausted([*evaluations, evaluation(5, 1.0, 2.0)], 2)
 
 
-def test_the_best_evaluation_has_the_most_decisions_right_then_the_lowest_loss():
+def test_the_best_evaluation_has_the_most_decisions_right_then_the_lowest_loss() -> None:
     evaluations = [
         evaluation(1, 0.9, 0.1),
         evaluation(2, 1.0, 0.5),
@@ -33,7 +33,7 @@ def test_the_best_evaluation_has_the_most_decisions_right_then_the_lowest_loss()
     assert best_step(evaluations) == 3
 
 
-def test_the_best_adapter_comes_back_from_a_checkpoint():
+def test_the_best_adapter_comes_back_from_a_checkpoint() -> None:
     weights = {"a.lora_A": torch.ones(2, 3), "a.lora_B": torch.zeros(3)}
     tensors = {"weights.a.lora_A": torch.zeros(2, 3), **BestAdapter(7, weights).to_tensors()}
     assert tensors.keys() == {"weights.a.lora_A", "best", "best.a.lora_A", "best.a.lora_B"}  # as older ones have it

@@ -61,7 +61,7 @@ def response_losses(peft: Any, row: Example) -> torch.Tensor:
     return cross_entropy(logits(peft, row)[1:], torch.tensor(row.target[1:]), reduction="none")
 
 
-def test_decisions_and_response_loss_are_those_of_the_whole_texts(peft, full):
+def test_decisions_and_response_loss_are_those_of_the_whole_texts(peft: Any, full: RankModel) -> None:
     result = HeldOutRows(full, ROWS, kept_tokens=0).evaluate(nothing)
     peft.eval()
     decisions = [p_accept(*logits(peft, row)[0, [ACCEPT, PASS]].tolist()) for row in ROWS]
@@ -70,13 +70,13 @@ def test_decisions_and_response_loss_are_those_of_the_whole_texts(peft, full):
     assert result.response_loss == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
-def test_prefixes_that_are_kept_give_the_same_result(peft):
+def test_prefixes_that_are_kept_give_the_same_result(peft: Any) -> None:
     model = RankModel(SimpleNamespace(module=SimpleNamespace(model=peft)), ACTIVATION)
     kept = HeldOutRows(model, ROWS, kept_tokens=1000)
     assert kept.evaluate(nothing) == kept.evaluate(nothing) == HeldOutRows(model, ROWS, kept_tokens=0).evaluate(nothing)
 
 
-def test_the_comparison_is_of_the_whole_texts_with_and_without_the_adapter(peft, full):
+def test_the_comparison_is_of_the_whole_texts_with_and_without_the_adapter(peft: Any, full: RankModel) -> None:
     comparison = HeldOutRows(full, ROWS, kept_tokens=0).compare()
     peft.eval()
     own = [row for row in ROWS if row.is_own]
@@ -91,21 +91,21 @@ def test_the_comparison_is_of_the_whole_texts_with_and_without_the_adapter(peft,
     assert comparison.change > 0
 
 
-def test_without_own_rows_there_is_no_comparison(full):
+def test_without_own_rows_there_is_no_comparison(full: RankModel) -> None:
     assert HeldOutRows(full, [row for row in ROWS if not row.is_own], kept_tokens=0).compare() is None
 
 
 # --- a row is own or foreign by its kind alone: not by the length of its target, its first token, or its place ---
 
 
-def test_a_foreign_row_is_not_compared_whatever_its_target(full):
+def test_a_foreign_row_is_not_compared_whatever_its_target(full: RankModel) -> None:
     foreign = Example((15, 1, 2, 3), (PASS, 0), "mixed")
     with_it, without = (HeldOutRows(full, rows, kept_tokens=0).compare() for rows in ([foreign, *ROWS], ROWS))
     assert with_it.rows == without.rows == 2
     assert with_it.expert_loss == pytest.approx(without.expert_loss, rel=1e-5)
 
 
-def test_accuracy_counts_rows_by_their_kind():
+def test_accuracy_counts_rows_by_their_kind() -> None:
     rows = [
         Example((1,), (ACCEPT, 5), "general"),
         Example((2,), (PASS,), "accept"),

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ CONFIG = FitConfig(
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def small_model(dtype: torch.dtype):
+def small_model(dtype: torch.dtype) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(7)
@@ -99,7 +100,7 @@ def with_deepspeed(dtype: str, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=list(DTYPES))
-def both(request, tmp_path_factory):
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(what fit_local returned, its folder, what DeepSpeed gave, its folder, type of the weights)"""
     here, there = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("there")
     fitted = fit_local(spec(held_out=tuple(small_examples())), small_model(DTYPES[request.param]), here)
@@ -114,7 +115,7 @@ def both(request, tmp_path_factory):
     return fitted, here, json.loads((there / "result.json").read_text()), there, request.param
 
 
-def test_the_losses_are_those_of_deepspeed(both):
+def test_the_losses_are_those_of_deepspeed(both: Any) -> None:
     fitted, _, result, _, dtype = both
     assert len(fitted.losses) == 18
     assert fitted.losses == pytest.approx(result["losses"], rel=1e-4 if dtype == "float32" else 0.02)
@@ -122,7 +123,7 @@ def test_the_losses_are_those_of_deepspeed(both):
     assert fitted.comparison.expert_loss < fitted.comparison.generalist_loss - 0.05  # it has learned something
 
 
-def test_the_adapter_is_that_of_deepspeed(both):
+def test_the_adapter_is_that_of_deepspeed(both: Any) -> None:
     _, here, _, there, dtype = both
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (here, there))
     assert ours.keys() == theirs.keys()
@@ -131,12 +132,12 @@ def test_the_adapter_is_that_of_deepspeed(both):
     assert apart < (1e-3 if dtype == "float32" else 0.05) * size
 
 
-def test_the_decisions_are_those_of_deepspeed(both):
+def test_the_decisions_are_those_of_deepspeed(both: Any) -> None:
     fitted, _, result, _, dtype = both
     assert fitted.decisions == pytest.approx(result["decisions"], abs=1e-3 if dtype == "float32" else 0.03)
 
 
-def test_the_base_model_is_as_before(tmp_path):
+def test_the_base_model_is_as_before(tmp_path: Path) -> None:
     model = small_model(torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fit_local(spec(), model, tmp_path)
@@ -145,7 +146,7 @@ def test_the_base_model_is_as_before(tmp_path):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_it_goes_on_from_an_adapter(tmp_path):
+def test_it_goes_on_from_an_adapter(tmp_path: Path) -> None:
     model = small_model(torch.float32)
     first = fit_local(spec(), model, tmp_path / "first")
     still = CONFIG.model_copy(update={"learning_rate": 1e-12})
@@ -156,7 +157,7 @@ def test_it_goes_on_from_an_adapter(tmp_path):
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(1, 12), (3, 30)])
-def test_the_learning_rate_is_that_of_deepspeed(warmup, steps):
+def test_the_learning_rate_is_that_of_deepspeed(warmup: int, steps: int) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.runtime.lr_schedules import WarmupCosineLR
 

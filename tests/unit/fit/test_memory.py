@@ -18,6 +18,6 @@ EXAMPLES = [Example((7, 7, 1, 2), (60, *[5] * length), "accept") for length in (
     [(100, 3, 21), (100, 2, 17), (12, 3, 12), (8, 3, 10)],
     ids=["a whole batch", "its longest rows", "as many as allowed", "a row is never split"],
 )
-def test_the_largest_micro_batch(limit, batch_size, tokens):
+def test_the_largest_micro_batch(limit: int, batch_size: int, tokens: int) -> None:
     config = FitConfig(max_tokens_per_micro_batch=limit, train_batch_size=batch_size)
     assert largest_micro_batch(EXAMPLES, ACTIVATION, config) == tokens

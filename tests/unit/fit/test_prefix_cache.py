@@ -42,14 +42,14 @@ def tensors(prefix: Prefix) -> list[torch.Tensor]:
     return [tensor for layer in prefix.layers for tensor in layer]
 
 
-def test_with_room_for_all_every_prefix_is_kept(model):
+def test_with_room_for_all_every_prefix_is_kept(model: RankModel) -> None:
     cache = cache_of(model, sum(LENGTHS) + 7)
     assert cache.get([1, 0], all_planned=True).lengths == (8, 3)
     assert cache.hit_rate() == 1.0
     assert cache.free_tokens == 7
 
 
-def test_without_room_the_longest_are_read_again_with_the_same_keys_and_values(model):
+def test_without_room_the_longest_are_read_again_with_the_same_keys_and_values(model: RankModel) -> None:
     small = cache_of(model, 12)
     assert [small.is_planned(index) for index in range(4)] == [True, False, True, True]
     kept = cache_of(model, 100).get([0, 1, 2], all_planned=True)
@@ -59,6 +59,6 @@ def test_without_room_the_longest_are_read_again_with_the_same_keys_and_values(m
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(tensors(read_again), tensors(kept), strict=True))
 
 
-def test_the_padding_behind_a_shorter_prefix_is_zero(model):
+def test_the_padding_behind_a_shorter_prefix_is_zero(model: RankModel) -> None:
     prefix = cache_of(model, 100).get([1, 0], all_planned=True)
     assert all(not tensor[1, :, 3:].any() and tensor[0, :, 7].any() for tensor in tensors(prefix))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ SPEC = FitSpec(
 )
 
 
-def test_settings_without_effect_on_the_result_are_settings():
+def test_settings_without_effect_on_the_result_are_settings() -> None:
     assert set(FitConfig.model_fields) >= SETTINGS_WITHOUT_EFFECT_ON_RESULT
 
 
@@ -37,7 +38,7 @@ def test_settings_without_effect_on_the_result_are_settings():
     ],
     ids=["settings of workers", "another place", "kinds of rows"],
 )
-def test_what_does_not_change_the_adapter_does_not_change_the_digest(same):
+def test_what_does_not_change_the_adapter_does_not_change_the_digest(same: Any) -> None:
     assert same.digest() == SPEC.digest()
 
 
@@ -52,10 +53,10 @@ def test_what_does_not_change_the_adapter_does_not_change_the_digest(same):
     ],
     ids=["learning rate", "base model", "order of examples", "held-out rows", "activation"],
 )
-def test_what_changes_the_adapter_changes_the_digest(other):
+def test_what_changes_the_adapter_changes_the_digest(other: Any) -> None:
     assert other.digest() != SPEC.digest()
 
 
-def test_prefix_lengths_end_at_the_activation_point():
+def test_prefix_lengths_end_at_the_activation_point() -> None:
     assert SPEC.prefix_lengths() == [2, 2]
     assert replace(SPEC, activation=Activation((2, 3), None, 60, 61)).prefix_lengths() == [0, 0]

@@ -7,7 +7,7 @@ from see_ray.fit.report import Progress
 from see_ray.fit.status import FitStatusActor
 
 
-def test_notes_and_figures_are_drained_once_and_progress_stays():
+def test_notes_and_figures_are_drained_once_and_progress_stays() -> None:
     actor = FitStatusActor(3)
     actor.set_progress(Progress("fit", 1, 2))
     actor.add_note("a note")
@@ -16,7 +16,7 @@ def test_notes_and_figures_are_drained_once_and_progress_stays():
     assert actor.drain() == (Progress("fit", 1, 2), [], [])
 
 
-def test_workers_may_die_max_failures_times_in_a_row():
+def test_workers_may_die_max_failures_times_in_a_row() -> None:
     actor = FitStatusActor(2)
     for _ in range(3):
         actor.workers_started()
@@ -26,7 +26,7 @@ def test_workers_may_die_max_failures_times_in_a_row():
     assert actor.drain()[1] == ["workers died; starting them again"] * 3
 
 
-def test_failures_before_a_checkpoint_do_not_count():
+def test_failures_before_a_checkpoint_do_not_count() -> None:
     actor = FitStatusActor(1)
     for _ in range(5):
         actor.workers_started()
@@ -34,7 +34,7 @@ def test_failures_before_a_checkpoint_do_not_count():
         assert actor.failure() is None
 
 
-def test_the_first_failure_is_kept():
+def test_the_first_failure_is_kept() -> None:
     actor = FitStatusActor(0)
     first = FitError("first")
     actor.set_failure(first)

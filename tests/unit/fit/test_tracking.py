@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from see_ray.fit.report import FitSummary
@@ -10,7 +13,7 @@ from see_ray.fit.tracking import Tracker, draw_losses
 FIGURES = [(1, {"train/loss": 2.0, "train/tokens_per_s": 100.0}), (2, {"train/loss": 1.0, "eval/own_accuracy": 0.5})]
 
 
-def summary(**changes) -> FitSummary:
+def summary(**changes: Any) -> FitSummary:
     values = {
         "steps": 3,
         "examples": 4,
@@ -39,7 +42,7 @@ def summary(**changes) -> FitSummary:
     return FitSummary(**{**values, **changes})
 
 
-def test_tensorboard_reads_what_was_logged(tmp_path, monkeypatch):
+def test_tensorboard_reads_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -54,7 +57,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own
-def test_mlflow_gets_a_run_with_parameters_and_figures(tmp_path, monkeypatch):
+def test_mlflow_gets_a_run_with_parameters_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -68,7 +71,7 @@ def test_mlflow_gets_a_run_with_parameters_and_figures(tmp_path, monkeypatch):
     assert run.data.metrics["train.loss"] == 1.0
 
 
-def test_a_fit_goes_on_where_mlflow_does_not_answer(tmp_path, monkeypatch):
+def test_a_fit_goes_on_where_mlflow_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-scheme://nowhere")
     notes: list[str] = []
     with Tracker(tmp_path, "sa-1", {}, notes.append) as tracker:
@@ -77,6 +80,6 @@ def test_a_fit_goes_on_where_mlflow_does_not_answer(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("evaluations", [[], summary().evaluations], ids=["no evaluations", "evaluations"])
-def test_the_losses_are_drawn(tmp_path, evaluations):
+def test_the_losses_are_drawn(tmp_path: Path, evaluations: Any) -> None:
     draw_losses(summary(evaluations=evaluations), tmp_path / "fit.png")
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")

@@ -20,25 +20,25 @@ def draw(t: float, rng: random.Random) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", ["steady", "step", "ramp", "spike", "diurnal", "idle"])
-def test_a_profile_stays_between_its_rates(name):
+def test_a_profile_stays_between_its_rates(name: str) -> None:
     rates = [load_profile(name, 2, 10, 100)(second) for second in range(100)]
     assert min(rates) >= (0 if name == "idle" else 2)
     assert max(rates) <= 10
     assert len(set(rates)) == 1 or max(rates) > 9
 
 
-def test_an_unknown_profile_is_refused_with_the_known_ones():
+def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="ramp"):
         load_profile("romp", 1, 2, 3)
 
 
-def test_as_many_come_as_the_rate_says():
+def test_as_many_come_as_the_rate_says() -> None:
     coming = poisson_arrivals(load_profile("step", 5, 50, 300), 300, draw)
     assert sum(a.at < 100 for a in coming) == pytest.approx(500, rel=0.15)
     assert sum(a.at >= 100 for a in coming) == pytest.approx(10000, rel=0.05)
 
 
-def test_gaps_are_those_of_a_poisson_process():
+def test_gaps_are_those_of_a_poisson_process() -> None:
     coming = poisson_arrivals(lambda t: 10, 1000, draw)
     gaps = [b.at - a.at for a, b in itertools.pairwise(coming)]
     mean = sum(gaps) / len(gaps)
@@ -46,18 +46,18 @@ def test_gaps_are_those_of_a_poisson_process():
     assert deviation == pytest.approx(mean, rel=0.05)
 
 
-def test_the_same_seed_gives_the_same_load():
+def test_the_same_seed_gives_the_same_load() -> None:
     assert poisson_arrivals(lambda t: 3, 50, draw, seed=4) == poisson_arrivals(lambda t: 3, 50, draw, seed=4)
 
 
-def test_no_load_is_nobody():
+def test_no_load_is_nobody() -> None:
     assert poisson_arrivals(lambda t: 0, 50, draw) == []
 
 
 # --- offering it -----------------------------------------------------------------------------------
 
 
-async def test_arrivals_wait_for_no_answer():
+async def test_arrivals_wait_for_no_answer() -> None:
     """Twenty a second for a second, at a server that takes a second for each."""
 
     async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -79,6 +79,6 @@ async def test_arrivals_wait_for_no_answer():
     assert {(o.status, o.retry_after) for o in outcomes} == {(429, 7)}
 
 
-async def test_a_server_that_is_not_there_is_a_failure_not_an_exception():
+async def test_a_server_that_is_not_there_is_a_failure_not_an_exception() -> None:
     (outcome,) = await offer_load("http://127.0.0.1:9", [Arrival(0, "k", "t")])
     assert outcome.status == 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 from loadtest.generator import Outcome
 from loadtest.report import ClusterSample, Run, per_second, quantile, summary_table, write_run
 
 
-def test_a_run_is_summed_up_and_written(tmp_path):
+def test_a_run_is_summed_up_and_written(tmp_path: Path) -> None:
     outcomes = [Outcome(0.5, "a", 0, 200, 1.0, "a"), Outcome(1.5, "a", 0, 429, 0.01, "", 3), Outcome(2, "a", 0, 0, 9)]
     run = Run("step", "fixed", 4, outcomes, [ClusterSample(float(n), 1, {"a": 2}) for n in range(5)])
     summary = run.summary()
@@ -22,13 +23,13 @@ def test_a_run_is_summed_up_and_written(tmp_path):
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_a_quantile_is_a_value_that_was_there():
+def test_a_quantile_is_a_value_that_was_there() -> None:
     values = [3.0, 1.0, 2.0]
     assert (quantile(values, 0.5), quantile(values, 0.99), quantile([], 0.5)) == (2.0, 3.0, None)
     assert Counter(values)[quantile(values, 0.95)] == 1
 
 
-def test_summaries_are_a_table_of_markdown_without_columns_that_nobody_has():
+def test_summaries_are_a_table_of_markdown_without_columns_that_nobody_has() -> None:
     assert summary_table([{"policy": "quick", "served": 3, "p50_s": None}, {"policy": "zero"}]).splitlines() == [
         "| policy | served | p50_s |",
         "|--------|--------|-------|",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from loadtest.scenario import POLICIES, Scenario
 
@@ -10,18 +12,18 @@ from see_ray.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_policys_settings_exist(name):
+def test_a_policys_settings_exist(name: Any) -> None:
     serve = load_config(None, list(POLICIES[name].settings)).serve
     assert serve.min_replicas <= serve.max_replicas
 
 
-def test_a_scene_is_read_from_a_line():
+def test_a_scene_is_read_from_a_line() -> None:
     assert Scenario.parse("spike:20@dates+learn") == Scenario("spike:20@dates+learn", "spike", 20.0, "dates", True)
     assert Scenario.parse("step") == Scenario("step", "step", None, None, False)
     assert Scenario.parse("spike:20@dates+learn").file_name == "spike-20-dates-learn"
 
 
 @pytest.mark.parametrize("text", ["spike:", "spike:x", "nothing", "step+fit", ""])
-def test_what_is_no_scene_is_refused(text):
+def test_what_is_no_scene_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"profile"):
         Scenario.parse(text)

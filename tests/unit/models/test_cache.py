@@ -6,6 +6,7 @@ import stat
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ FILE = "e0de8fee3bdbc000062203d22264b21e2ae13d78b014187ca2dad1bc6b5d1e2d"
 
 
 @pytest.fixture
-def model(tmp_path):
+def model(tmp_path: Path) -> Any:
     """The files of a base model, as far as fingerprints go."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -34,7 +35,7 @@ def model(tmp_path):
     return folder
 
 
-def in_threads(count, work):
+def in_threads(count: Any, work: Any) -> None:
     threads = [threading.Thread(target=work) for _ in range(count)]
     for thread in threads:
         thread.start()
@@ -45,7 +46,7 @@ def in_threads(count, work):
 # --- where the cache is ----------------------------------------------------------------------
 
 
-def test_the_configured_folder_wins_over_the_environment(tmp_path, monkeypatch):
+def test_the_configured_folder_wins_over_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEE_CACHE", str(tmp_path / "environment"))
     assert cache_dir(BaseModelConfig(cache_dir=tmp_path / "configured")) == tmp_path / "configured"
     assert cache_dir(BaseModelConfig()) == tmp_path / "environment"
@@ -55,7 +56,7 @@ def test_the_configured_folder_wins_over_the_environment(tmp_path, monkeypatch):
 # --- fingerprints ----------------------------------------------------------------------------
 
 
-def test_the_fingerprint_is_that_of_earlier_versions(model, tmp_path):
+def test_the_fingerprint_is_that_of_earlier_versions(model: Any, tmp_path: Path) -> None:
     """Experts record it; a change would make every stored expert one of another base model."""
     assert folder_fingerprint(model, tmp_path) == FOLDER
     (tmp_path / "x.gguf").write_text("gguf")
@@ -63,25 +64,25 @@ def test_the_fingerprint_is_that_of_earlier_versions(model, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_the_fingerprint_depends_on_every_file(model, tmp_path, file):
+def test_the_fingerprint_depends_on_every_file(model: Any, tmp_path: Path, file: str) -> None:
     before = folder_fingerprint(model, tmp_path)
     (model / file).write_text("other contents")
     assert folder_fingerprint(model, tmp_path) != before
 
 
-def test_other_files_beside_the_model_do_not_count(model, tmp_path):
+def test_other_files_beside_the_model_do_not_count(model: Any, tmp_path: Path) -> None:
     before = folder_fingerprint(model, tmp_path)
     (model / "README.md").write_text("about")
     assert folder_fingerprint(model, tmp_path) == before
 
 
-def test_the_name_of_a_single_file_does_not_count(tmp_path):
+def test_the_name_of_a_single_file_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_text("gguf")
     (tmp_path / "b.gguf").write_text("gguf")
     assert hash_files([tmp_path / "a.gguf"], tmp_path) == hash_files([tmp_path / "b.gguf"], tmp_path)
 
 
-def test_files_are_read_once(model, tmp_path):
+def test_files_are_read_once(model: Any, tmp_path: Path) -> None:
     folder_fingerprint(model, tmp_path)
     (cached,) = (tmp_path / "fingerprints").iterdir()
     cached.write_text("from the cache")
@@ -91,7 +92,7 @@ def test_files_are_read_once(model, tmp_path):
 # --- files -----------------------------------------------------------------------------------
 
 
-def test_a_file_is_written_whole_into_a_new_folder(tmp_path):
+def test_a_file_is_written_whole_into_a_new_folder(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.json"
     write_atomically(path, "日本\n")
     write_atomically(path, "second\n")
@@ -99,13 +100,13 @@ def test_a_file_is_written_whole_into_a_new_folder(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path):
+def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     write_atomically(tmp_path / "file", "")
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     write_atomically(tmp_path / "file", "old")
     with pytest.raises(UnicodeEncodeError):
         write_atomically(tmp_path / "file", "new" * 100_000 + "\ud800")
@@ -113,7 +114,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_a_reader_never_finds_half_a_file(tmp_path):
+def test_a_reader_never_finds_half_a_file(tmp_path: Path) -> None:
     path, done = tmp_path / "file", threading.Event()
     texts = {letter * 200_000 for letter in "ab"}
     write_atomically(path, "a" * 200_000)
@@ -131,7 +132,7 @@ def test_a_reader_never_finds_half_a_file(tmp_path):
 # --- folders ---------------------------------------------------------------------------------
 
 
-def test_a_folder_appears_when_it_is_complete(tmp_path):
+def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     def fill(target: Path) -> None:
         assert not (tmp_path / "folder").exists()
         (target / "file").write_text("x")
@@ -141,7 +142,7 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o755
 
 
-def test_a_folder_that_could_not_be_filled_is_absent(tmp_path):
+def test_a_folder_that_could_not_be_filled_is_absent(tmp_path: Path) -> None:
     def fill(target: Path) -> None:
         (target / "file").write_text("x")
         raise ValueError("half way")
@@ -151,7 +152,7 @@ def test_a_folder_that_could_not_be_filled_is_absent(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_another_process_created_first_remains(tmp_path):
+def test_a_folder_that_another_process_created_first_remains(tmp_path: Path) -> None:
     def fill(target: Path) -> None:
         (target / "file").write_text("second")
         fill_atomically(tmp_path / "folder", lambda other: (other / "file").write_text("first") and None)
@@ -161,7 +162,7 @@ def test_a_folder_that_another_process_created_first_remains(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
-def test_a_cached_folder_is_created_once(tmp_path):
+def test_a_cached_folder_is_created_once(tmp_path: Path) -> None:
     fills = []
 
     def fill(target: Path) -> None:

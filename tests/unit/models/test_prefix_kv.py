@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -17,7 +19,7 @@ PREFIXES = [[3, 4, 5, 6, 7, 8], [9], [10, 11, 12]]
 ROWS = [[13], [14, 15, 16, 17, 18], [19, 20]]
 
 
-def tiny_model(kind: str):
+def tiny_model(kind: str) -> Any:
     torch.manual_seed(0)
     model = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
@@ -29,7 +31,7 @@ def tiny_model(kind: str):
     return model.eval()
 
 
-def whole_text_states(model, prefixes, rows) -> torch.Tensor:
+def whole_text_states(model: Any, prefixes: Any, rows: Any) -> torch.Tensor:
     """Hidden states of the rows' tokens, each text read alone and at once."""
     states = []
     for prefix, row in zip(prefixes, rows, strict=True):
@@ -40,7 +42,7 @@ def whole_text_states(model, prefixes, rows) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "mistral", "eager"])
 @pytest.mark.parametrize("prefixes", [PREFIXES, [[], [], []]], ids=["prefixes", "no prefixes"])
-def test_packed_rows_are_as_texts_read_alone(kind, prefixes):
+def test_packed_rows_are_as_texts_read_alone(kind: str, prefixes: Any) -> None:
     model = tiny_model(kind)
     packed = forward_packed(model, prefill(model, prefixes), ROWS)
     assert packed.shape == (sum(map(len, ROWS)), SHAPE["hidden_size"])
@@ -48,7 +50,7 @@ def test_packed_rows_are_as_texts_read_alone(kind, prefixes):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
-def test_gradients_through_packed_rows_are_those_through_padded_ones(kind):
+def test_gradients_through_packed_rows_are_those_through_padded_ones(kind: str) -> None:
     grads = []
     for packed in (True, False):
         model = tiny_model(kind)
@@ -65,27 +67,27 @@ def test_gradients_through_packed_rows_are_those_through_padded_ones(kind):
         assert torch.allclose(grad, grads[1][name], atol=1e-5, rtol=1e-4), name
 
 
-def test_a_model_is_left_as_it_was():
+def test_a_model_is_left_as_it_was() -> None:
     model = tiny_model("llama")
     before = forward(model, prefill(model, PREFIXES), ROWS)[0]
     forward_packed(model, prefill(model, PREFIXES), ROWS)
     assert torch.equal(before, forward(model, prefill(model, PREFIXES), ROWS)[0])
 
 
-def test_models_without_sdpa_are_run_padded():
+def test_models_without_sdpa_are_run_padded() -> None:
     assert supports_packing(tiny_model("llama"))
     assert not supports_packing(tiny_model("eager"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "mistral"])
-def test_bytes_per_token_are_those_of_the_tensors(kind):
+def test_bytes_per_token_are_those_of_the_tensors(kind: str) -> None:
     model = tiny_model(kind)
     prefix = prefill(model, [[3, 4, 5]])
     size = sum(tensor.numel() * tensor.element_size() for pair in prefix.layers for tensor in pair)
     assert kv_bytes_per_token(model, model.dtype) == size / 3
 
 
-def test_a_prefix_survives_the_way_through_arrays():
+def test_a_prefix_survives_the_way_through_arrays() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model("llama").to(dtype)
         prefix = prefill(model, [[3, 4, 5]])

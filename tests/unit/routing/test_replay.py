@@ -11,7 +11,7 @@ from see_ray.routing.chain import GENERALIST, ChainEntry, walk
 from see_ray.routing.replay import answered_by, margin
 
 
-async def test_the_answerer_is_that_of_the_walk():
+async def test_the_answerer_is_that_of_the_walk() -> None:
     rng = random.Random(11)
     seen = set()
     for _ in range(2000):
@@ -28,7 +28,7 @@ async def test_the_answerer_is_that_of_the_walk():
     assert len(seen) == 7  # six places and the generalist
 
 
-def test_the_margin_is_below_zero_exactly_where_the_generalist_answers():
+def test_the_margin_is_below_zero_exactly_where_the_generalist_answers() -> None:
     rng = random.Random(12)
     for _ in range(300):
         entries = [ChainEntry(f"e{number}", rng.choice([0.05, 0.5, 0.99])) for number in range(3)]
@@ -36,15 +36,15 @@ def test_the_margin_is_below_zero_exactly_where_the_generalist_answers():
         assert (margin(entries, decisions) < 0) == (answered_by(entries, decisions) == GENERALIST)
 
 
-def test_the_margin_is_the_surest_experts_distance_in_log_odds():
+def test_the_margin_is_the_surest_experts_distance_in_log_odds() -> None:
     entries = [ChainEntry("a", 0.5), ChainEntry("b", 0.9)]
     assert margin(entries, {"a": 0.8, "b": 0.8}) == pytest.approx(math.log(4))
 
 
-def test_an_empty_sequence_accepts_nothing():
+def test_an_empty_sequence_accepts_nothing() -> None:
     assert (answered_by([], {}), margin([], {})) == (GENERALIST, -math.inf)
 
 
-def test_a_decision_of_zero_and_a_threshold_of_one_have_a_margin_too():
+def test_a_decision_of_zero_and_a_threshold_of_one_have_a_margin_too() -> None:
     assert margin([ChainEntry("a", 1.0)], {"a": 0.5}) == -math.inf
     assert margin([ChainEntry("a", 0.5)], {"a": 0.0}) == -math.inf

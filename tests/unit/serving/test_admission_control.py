@@ -24,7 +24,7 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def controller(clock) -> AdmissionController:
+def controller(clock: Clock) -> AdmissionController:
     """A queue position costs half a second; a wait of 10 s is allowed."""
     controller = AdmissionController(10, clock)
     for _ in range(20):
@@ -41,11 +41,11 @@ def enter(controller: AdmissionController, count: int) -> list:
     return waiting
 
 
-def test_a_position_costs_what_the_last_requests_took(controller):
+def test_a_position_costs_what_the_last_requests_took(controller: AdmissionController) -> None:
     assert controller.seconds_per_position() == pytest.approx(0.5)
 
 
-def test_a_position_costs_less_where_many_are_served_together(controller, clock):
+def test_a_position_costs_less_where_many_are_served_together(controller: AdmissionController, clock: Clock) -> None:
     for _ in range(2):
         waiting = enter(controller, 16)
         clock.now += 2
@@ -54,20 +54,20 @@ def test_a_position_costs_less_where_many_are_served_together(controller, clock)
     assert controller.seconds_per_position() == pytest.approx(2 * 16 / sum(range(1, 17)))
 
 
-def test_a_few_are_admitted_before_any_was_served(clock):
+def test_a_few_are_admitted_before_any_was_served(clock: Clock) -> None:
     controller = AdmissionController(10, clock)
     _kept = enter(controller, ALWAYS_ADMITTED)
     with pytest.raises(RequestError):
         enter(controller, 1)
 
 
-def test_as_many_are_admitted_as_can_be_served_in_time(controller):
+def test_as_many_are_admitted_as_can_be_served_in_time(controller: AdmissionController) -> None:
     _kept = enter(controller, 20)  # half a second each
     with pytest.raises(RequestError):
         enter(controller, 1)
 
 
-def test_a_rejection_is_a_429_with_the_time_to_come_back(controller):
+def test_a_rejection_is_a_429_with_the_time_to_come_back(controller: AdmissionController) -> None:
     _kept = enter(controller, 20)
     with pytest.raises(RequestError) as refused, controller.admit():
         pass
@@ -75,21 +75,21 @@ def test_a_rejection_is_a_429_with_the_time_to_come_back(controller):
     assert refused.value.retry_after_s == 5  # half of the queue is served by then
 
 
-def test_a_few_are_always_admitted(clock):
+def test_a_few_are_always_admitted(clock: Clock) -> None:
     controller = AdmissionController(0.001, clock)
     with controller.admit():
         clock.now += 60
     assert len(enter(controller, ALWAYS_ADMITTED)) == ALWAYS_ADMITTED
 
 
-def test_one_served_makes_room_for_one(controller, clock):
+def test_one_served_makes_room_for_one(controller: AdmissionController, clock: Clock) -> None:
     waiting = enter(controller, 20)
     clock.now += 0.5
     waiting.pop().__exit__(None, None, None)
     assert len(enter(controller, 1)) == 1
 
 
-def test_a_failed_request_leaves_the_queue_and_is_no_sample(controller, clock):
+def test_a_failed_request_leaves_the_queue_and_is_no_sample(controller: AdmissionController, clock: Clock) -> None:
     admission = controller.admit()
     admission.__enter__()
     clock.now += 60
@@ -98,6 +98,6 @@ def test_a_failed_request_leaves_the_queue_and_is_no_sample(controller, clock):
     assert controller.seconds_per_position() == pytest.approx(0.5)
 
 
-def test_idle_time_does_not_matter(controller, clock):
+def test_idle_time_does_not_matter(controller: AdmissionController, clock: Clock) -> None:
     clock.now += 3600
     assert controller.seconds_per_position() == pytest.approx(0.5)

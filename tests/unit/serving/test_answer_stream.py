@@ -44,7 +44,7 @@ def source() -> Source:
 
 
 @pytest.fixture
-def finished(monkeypatch) -> list[tuple[str, float]]:
+def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     """Counts reported to the metrics."""
     reported: list[tuple[str, float]] = []
     monkeypatch.setattr(request_stats.metrics, "observe", lambda name, value, **labels: None)
@@ -76,7 +76,7 @@ async def events_of(stream: AnswerStream, include_usage: bool = False) -> list[d
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-async def test_all_items_come_in_the_order_of_their_source(source, count):
+async def test_all_items_come_in_the_order_of_their_source(source: Source, count: int) -> None:
     names = [str(number) for number in range(count)]
     items = [item async for item in merge([source.items(name, 20) for name in names])]
     assert {name: [n for other, n in items if other == name] for name in names} == {
@@ -85,7 +85,7 @@ async def test_all_items_come_in_the_order_of_their_source(source, count):
     assert source.closed == set(names)
 
 
-async def test_items_come_as_they_are_ready(source):
+async def test_items_come_as_they_are_ready(source: Source) -> None:
     async def slow() -> AsyncGenerator[tuple[str, int], None]:
         await asyncio.sleep(0.05)
         yield "slow", 0
@@ -95,7 +95,7 @@ async def test_items_come_as_they_are_ready(source):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-async def test_an_error_comes_through_and_closes_the_others(source, count):
+async def test_an_error_comes_through_and_closes_the_others(source: Source, count: int) -> None:
     others = [source.items(f"other{number}", 1000) for number in range(count - 1)]
     with pytest.raises(ValueError, match="bad"):
         async for _ in merge([source.items("bad", 3, fail=True), *others]):
@@ -103,7 +103,7 @@ async def test_an_error_comes_through_and_closes_the_others(source, count):
     assert len(source.closed) == count
 
 
-async def test_no_source_waits_for_another_that_always_has_items(source):
+async def test_no_source_waits_for_another_that_always_has_items(source: Source) -> None:
     merged = merge([source.items(name, 1000) for name in ("a", "b")])
     names = [(await anext(merged))[0] for _ in range(20)]
     assert 5 < names.count("a") < 15
@@ -111,7 +111,7 @@ async def test_no_source_waits_for_another_that_always_has_items(source):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-async def test_closing_early_closes_all(source, count):
+async def test_closing_early_closes_all(source: Source, count: int) -> None:
     merged = merge([source.items(str(number), 1000) for number in range(count)])
     for _ in range(10 * count):
         await anext(merged)
@@ -120,7 +120,7 @@ async def test_closing_early_closes_all(source, count):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-async def test_cancelling_a_reader_closes_all(source, count):
+async def test_cancelling_a_reader_closes_all(source: Source, count: int) -> None:
     async def read() -> None:
         async for _ in merge([source.items(str(number), 100) for number in range(count)]):
             pass
@@ -133,7 +133,7 @@ async def test_cancelling_a_reader_closes_all(source, count):
     assert len(source.closed) == count
 
 
-async def test_the_first_item_may_be_read_in_another_task(source):
+async def test_the_first_item_may_be_read_in_another_task(source: Source) -> None:
     """As the ingress does: it reads one item before it returns the response, which is then sent by another task."""
     merged = merge([source.items("a", 5), source.items("b", 5)])
     first = await asyncio.create_task(anext(merged))
@@ -148,7 +148,7 @@ async def collect(items: AsyncGenerator[Any, None]) -> list[Any]:
 # --- one body ------------------------------------------------------------------------------
 
 
-async def test_a_body_has_all_answers_in_order(finished):
+async def test_a_body_has_all_answers_in_order(finished: list[tuple[str, float]]) -> None:
     body = await (await stream_of(answer("Hel", "lo"), answer("Good", " ", "day"))).body()
     assert [choice["message"]["content"] for choice in body["choices"]] == ["Hello", "Good day"]
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
@@ -157,19 +157,19 @@ async def test_a_body_has_all_answers_in_order(finished):
     assert ("see_completion_tokens_total", 5) in finished
 
 
-async def test_a_completion_body_is_a_completions(finished):
+async def test_a_completion_body_is_a_completions(finished: list[tuple[str, float]]) -> None:
     body = await (await stream_of(answer("Hello"), format=COMPLETION)).body()
     assert (body["object"], body["choices"][0]["text"]) == ("text_completion", "Hello")
 
 
-async def test_a_failed_answer_is_no_body(finished):
+async def test_a_failed_answer_is_no_body(finished: list[tuple[str, float]]) -> None:
     stream = await stream_of(answer("Hel", fail=RequestError("no", 503)))
     with pytest.raises(RequestError):
         await stream.body()
     assert finished == []
 
 
-def test_log_probabilities_of_all_chunks_are_joined():
+def test_log_probabilities_of_all_chunks_are_joined() -> None:
     accumulator = ChoiceAccumulator()
     for text in ("a", "b"):
         logprobs = {"content": [{"token": text}], "refusal": None}
@@ -187,7 +187,7 @@ def chunk_with(text: str, logprobs: dict[str, Any]) -> Any:
 # --- events --------------------------------------------------------------------------------
 
 
-async def test_the_first_event_of_each_answer_has_the_trace(finished):
+async def test_the_first_event_of_each_answer_has_the_trace(finished: list[tuple[str, float]]) -> None:
     events = await events_of(await stream_of(answer("a", "b", "c"), answer("d", "e")))
     first = {event["choices"][0]["index"]: event for event in reversed(events)}
     assert all("see" in first[index] for index in (0, 1))
@@ -195,19 +195,19 @@ async def test_the_first_event_of_each_answer_has_the_trace(finished):
     assert ("see_completion_tokens_total", 5) in finished
 
 
-async def test_usage_is_the_last_event_where_it_is_requested(finished):
+async def test_usage_is_the_last_event_where_it_is_requested(finished: list[tuple[str, float]]) -> None:
     *_, last = await events_of(await stream_of(answer("a", "b")), include_usage=True)
     assert (last["choices"], last["usage"]["total_tokens"]) == ([], 5)
 
 
-async def test_a_failure_within_a_stream_is_its_last_event(finished):
+async def test_a_failure_within_a_stream_is_its_last_event(finished: list[tuple[str, float]]) -> None:
     *events, last = await events_of(await stream_of(answer("a", "b", fail=RequestError("gone", 503, "server_error"))))
     assert len(events) == 2
     assert last["error"]["message"] == "gone"
     assert ("see_completion_tokens_total", 2) in finished
 
 
-async def test_a_client_that_goes_away_closes_the_answer(finished):
+async def test_a_client_that_goes_away_closes_the_answer(finished: list[tuple[str, float]]) -> None:
     closed = []
 
     async def endless() -> AsyncGenerator[TextChunk, None]:

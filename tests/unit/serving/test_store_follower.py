@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,7 @@ def publish(tmp_path: Path) -> Callable[[], ExpertRef]:
     return publish
 
 
-async def test_each_new_version_is_reported_once(tmp_path, publish):
+async def test_each_new_version_is_reported_once(tmp_path: Path, publish: Callable[[], ExpertRef]) -> None:
     async with following(tmp_path / "store") as owner:
         await until(lambda: owner.polls > 2)
         first = owner.follower.live.version
@@ -98,7 +99,7 @@ async def test_each_new_version_is_reported_once(tmp_path, publish):
     assert owner.follower.live.pending is None
 
 
-async def test_it_is_ready_once_a_version_is_live(tmp_path, publish):
+async def test_it_is_ready_once_a_version_is_live(tmp_path: Path, publish: Callable[[], ExpertRef]) -> None:
     async with following(tmp_path / "store") as owner:
         assert not owner.follower.ready.is_set()
         await until(lambda: owner.follower.live.version >= 0)
@@ -106,7 +107,9 @@ async def test_it_is_ready_once_a_version_is_live(tmp_path, publish):
 
 
 @pytest.mark.parametrize("error", [StoreError("lost"), RuntimeError("broken")])
-async def test_a_version_that_failed_is_tried_again(tmp_path, publish, error):
+async def test_a_version_that_failed_is_tried_again(
+    tmp_path: Path, publish: Callable[[], ExpertRef], error: Any
+) -> None:
     async with following(tmp_path / "store") as owner:
         owner.failures = [error]
         await until(lambda: owner.follower.live.version >= 0)
@@ -114,7 +117,9 @@ async def test_a_version_that_failed_is_tried_again(tmp_path, publish, error):
     assert owner.polls >= 0
 
 
-async def test_a_store_that_cannot_be_read_changes_nothing_but_the_error(tmp_path, publish, monkeypatch):
+async def test_a_store_that_cannot_be_read_changes_nothing_but_the_error(
+    tmp_path: Path, publish: Callable[[], ExpertRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish()
     async with following(tmp_path / "store") as owner:
         await until(lambda: owner.follower.live.version > 0)

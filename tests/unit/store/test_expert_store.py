@@ -10,6 +10,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from obstore.store import MemoryStore
@@ -53,7 +54,7 @@ def store(tmp_path: Path) -> ExpertStore:
     return ExpertStore.open(tmp_path / "store")
 
 
-def save(store: ExpertStore, folder: Path, name: str = "sa", **fields) -> ExpertRef:
+def save(store: ExpertStore, folder: Path, name: str = "sa", **fields: Any) -> ExpertRef:
     return store.save(folder, name=name, **(FIELDS | fields)).ref
 
 
@@ -64,13 +65,13 @@ def live(sequence: ExpertSequence) -> list[str]:
 # Saving and finding
 
 
-def test_an_empty_store_has_sequence_0(store):
+def test_an_empty_store_has_sequence_0(store: ExpertStore) -> None:
     assert store.head().version == 0
     assert store.head().experts == store.head().newest_first() == ()
     assert store.history() == store.experts() == []
 
 
-def test_a_saved_expert_reads_back_and_is_not_live(store, folder):
+def test_a_saved_expert_reads_back_and_is_not_live(store: ExpertStore, folder: Path) -> None:
     manifest = store.save(folder, name="sa", **FIELDS)
     assert manifest.id == "sa@1"
     assert store.manifest(manifest.ref) == manifest
@@ -79,29 +80,29 @@ def test_a_saved_expert_reads_back_and_is_not_live(store, folder):
     assert store.head().version == 0
 
 
-def test_each_save_of_a_name_is_the_next_version(store, folder):
+def test_each_save_of_a_name_is_the_next_version(store: ExpertStore, folder: Path) -> None:
     assert [save(store, folder).id for _ in range(3)] == ["sa@1", "sa@2", "sa@3"]
 
 
-def test_a_claimed_number_is_never_used_again(store, folder, tmp_path):
+def test_a_claimed_number_is_never_used_again(store: ExpertStore, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "store/experts/sa/1").mkdir(parents=True)
     (tmp_path / "store/experts/sa/1/claim").write_text("somebody else's")
     assert save(store, folder).id == "sa@2"
 
 
-def test_saving_a_second_version_leaves_the_first_as_it_was(store, tmp_path):
+def test_saving_a_second_version_leaves_the_first_as_it_was(store: ExpertStore, tmp_path: Path) -> None:
     first = save(store, adapter(tmp_path / "a", "one"))
     save(store, adapter(tmp_path / "b", "two"))
     assert store.read_text(first, "adapter_model.safetensors") == "one"
 
 
-def test_subfolders_are_kept(store, folder):
+def test_subfolders_are_kept(store: ExpertStore, folder: Path) -> None:
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer/vocab.txt").write_text("a")
     assert store.read_text(save(store, folder), "tokenizer/vocab.txt") == "a"
 
 
-def test_resolve_prefers_the_live_version_and_else_takes_the_newest(store, folder):
+def test_resolve_prefers_the_live_version_and_else_takes_the_newest(store: ExpertStore, folder: Path) -> None:
     first, second = save(store, folder), save(store, folder)
     assert store.resolve("sa") == second
     store.publish(first)
@@ -110,14 +111,16 @@ def test_resolve_prefers_the_live_version_and_else_takes_the_newest(store, folde
 
 
 @pytest.mark.parametrize("text", ["qa", "sa@7", "sa@0", "../sa", "SA", "", "sa@"])
-def test_resolving_what_is_not_there_is_not_found(store, folder, text):
+def test_resolving_what_is_not_there_is_not_found(store: ExpertStore, folder: Path, text: str) -> None:
     save(store, folder)
     with pytest.raises(NotFoundError, match="sa"):
         store.resolve(text)
 
 
 @pytest.mark.parametrize("name", ["", "Sa", "a/b", "..", "-a", "a" * 64, "a\n"])
-def test_a_bad_name_is_refused_before_anything_is_written(store, folder, tmp_path, name):
+def test_a_bad_name_is_refused_before_anything_is_written(
+    store: ExpertStore, folder: Path, tmp_path: Path, name: str
+) -> None:
     with pytest.raises(StoreError, match="name"):
         save(store, folder, name)
     assert not list((tmp_path / "store").rglob("*"))
@@ -135,23 +138,23 @@ def test_a_bad_name_is_refused_before_anything_is_written(store, folder, tmp_pat
         {"surprise": 1},
     ],
 )
-def test_a_field_out_of_bounds_is_a_store_error(store, folder, fields):
+def test_a_field_out_of_bounds_is_a_store_error(store: ExpertStore, folder: Path, fields: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match="cannot save sa"):
         save(store, folder, **fields)
 
 
-def test_an_empty_folder_is_refused(store, tmp_path):
+def test_an_empty_folder_is_refused(store: ExpertStore, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no files"):
         save(store, tmp_path / "nothing")
 
 
-def test_a_folder_with_the_stores_own_files_is_refused(store, folder):
+def test_a_folder_with_the_stores_own_files_is_refused(store: ExpertStore, folder: Path) -> None:
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(StoreError, match=r"without claim and manifest.json"):
         save(store, folder)
 
 
-def test_records_cannot_be_changed():
+def test_records_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         ExpertRef(name="sa", version=1).version = 2
 
@@ -159,7 +162,7 @@ def test_records_cannot_be_changed():
 # Publishing
 
 
-def test_publishing_appends_at_the_newest_end(store, folder):
+def test_publishing_appends_at_the_newest_end(store: ExpertStore, folder: Path) -> None:
     for name in ("qa", "sa", "pe"):
         sequence = store.publish(save(store, folder, name))
     assert live(sequence) == ["qa@1", "sa@1", "pe@1"]
@@ -168,52 +171,52 @@ def test_publishing_appends_at_the_newest_end(store, folder):
     assert (sequence.version, sequence.change) == (3, "publish pe@1")
 
 
-def test_another_store_object_sees_a_publish_at_once(store, folder, tmp_path):
+def test_another_store_object_sees_a_publish_at_once(store: ExpertStore, folder: Path, tmp_path: Path) -> None:
     reader = ExpertStore.open(tmp_path / "store")
     for version, name in enumerate(["qa", "sa"], start=1):
         store.publish(save(store, folder, name))
         assert reader.head().version == version
 
 
-def test_the_same_name_twice_is_a_conflict(store, folder):
+def test_the_same_name_twice_is_a_conflict(store: ExpertStore, folder: Path) -> None:
     store.publish(save(store, folder))
     with pytest.raises(ConflictError, match="sa@1 is live"):
         store.publish(save(store, folder))
     assert live(store.head()) == ["sa@1"]
 
 
-def test_replacing_moves_the_name_to_the_newest_end(store, folder):
+def test_replacing_moves_the_name_to_the_newest_end(store: ExpertStore, folder: Path) -> None:
     for name in ("sa", "qa"):
         store.publish(save(store, folder, name))
     assert live(store.publish(save(store, folder), replace=True)) == ["qa@1", "sa@2"]
     assert store.head().change == "publish sa@2 in place of sa@1"
 
 
-def test_publishing_what_is_live_already_is_a_conflict(store, folder):
+def test_publishing_what_is_live_already_is_a_conflict(store: ExpertStore, folder: Path) -> None:
     ref = save(store, folder)
     store.publish(ref)
     with pytest.raises(ConflictError):
         store.publish(ref, replace=True)
 
 
-def test_another_base_model_is_refused(store, folder):
+def test_another_base_model_is_refused(store: ExpertStore, folder: Path) -> None:
     store.publish(save(store, folder))
     with pytest.raises(FingerprintError, match=r"beef.*f00d"):
         store.publish(save(store, folder, "qa", fingerprint="beef"))
     assert live(store.head()) == ["sa@1"]
 
 
-def test_the_only_expert_may_be_replaced_by_one_of_another_base_model(store, folder):
+def test_the_only_expert_may_be_replaced_by_one_of_another_base_model(store: ExpertStore, folder: Path) -> None:
     store.publish(save(store, folder))
     assert live(store.publish(save(store, folder, fingerprint="beef"), replace=True)) == ["sa@2"]
 
 
-def test_an_unknown_expert_cannot_be_published(store):
+def test_an_unknown_expert_cannot_be_published(store: ExpertStore) -> None:
     with pytest.raises(NotFoundError, match="sa@1"):
         store.publish(ExpertRef(name="sa", version=1))
 
 
-def test_a_check_that_refuses_leaves_the_head_as_it_was(store, folder):
+def test_a_check_that_refuses_leaves_the_head_as_it_was(store: ExpertStore, folder: Path) -> None:
     def refuse(head: ExpertSequence) -> None:
         raise ConflictError("no better than the generalist")
 
@@ -222,13 +225,13 @@ def test_a_check_that_refuses_leaves_the_head_as_it_was(store, folder):
     assert store.head().version == 0
 
 
-def test_forced_is_recorded(store, folder):
+def test_forced_is_recorded(store: ExpertStore, folder: Path) -> None:
     store.publish(save(store, folder), forced=True)
     store.publish(save(store, folder, "qa"))
     assert [sequence.forced for sequence in store.history()] == [True, False]
 
 
-def test_a_lost_race_runs_the_check_again_on_the_new_head(store, folder, tmp_path):
+def test_a_lost_race_runs_the_check_again_on_the_new_head(store: ExpertStore, folder: Path, tmp_path: Path) -> None:
     rival, theirs, seen = ExpertStore.open(tmp_path / "store"), save(store, folder, "qa"), []
 
     def check(head: ExpertSequence) -> None:
@@ -241,7 +244,9 @@ def test_a_lost_race_runs_the_check_again_on_the_new_head(store, folder, tmp_pat
     assert live(sequence) == ["qa@1", "sa@1"]
 
 
-def test_a_check_that_refuses_the_new_head_leaves_the_rivals_publish_alone(store, folder, tmp_path):
+def test_a_check_that_refuses_the_new_head_leaves_the_rivals_publish_alone(
+    store: ExpertStore, folder: Path, tmp_path: Path
+) -> None:
     rival, theirs = ExpertStore.open(tmp_path / "store"), save(store, folder, "qa")
 
     def check(head: ExpertSequence) -> None:
@@ -254,14 +259,16 @@ def test_a_check_that_refuses_the_new_head_leaves_the_rivals_publish_alone(store
     assert live(store.head()) == ["qa@1"]
 
 
-def test_a_lost_race_notices_that_the_name_is_now_taken(store, folder, tmp_path):
+def test_a_lost_race_notices_that_the_name_is_now_taken(store: ExpertStore, folder: Path, tmp_path: Path) -> None:
     rival, first, second = ExpertStore.open(tmp_path / "store"), save(store, folder), save(store, folder)
     with pytest.raises(ConflictError, match="sa@1 is live"):
         store.publish(second, check=lambda head: None if head.experts else rival.publish(first) and None)
     assert live(store.head()) == ["sa@1"]
 
 
-def test_losing_every_race_ends_in_a_conflict(store, folder, tmp_path, monkeypatch):
+def test_losing_every_race_ends_in_a_conflict(
+    store: ExpertStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sequence_log, "_TRIES", 3)
     rival = ExpertStore.open(tmp_path / "store")
     theirs = iter([save(store, folder, f"rival{i}") for i in range(4)])
@@ -276,7 +283,7 @@ def publish_ten(url: str, folder: Path, prefix: str) -> None:
         store.publish(save(store, folder, f"{prefix}{i}"))
 
 
-def test_two_processes_that_publish_at_once_lose_nothing(store, folder):
+def test_two_processes_that_publish_at_once_lose_nothing(store: ExpertStore, folder: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     workers = [spawn.Process(target=publish_ten, args=(store.url, folder, prefix)) for prefix in "ab"]
     for worker in workers:
@@ -293,7 +300,7 @@ def test_two_processes_that_publish_at_once_lose_nothing(store, folder):
     assert sorted(live(history[-1])) == sorted(f"{prefix}{i}@1" for prefix in "ab" for i in range(10))
 
 
-def test_saving_one_name_from_many_threads_gives_each_its_own_version(store, folder):
+def test_saving_one_name_from_many_threads_gives_each_its_own_version(store: ExpertStore, folder: Path) -> None:
     threads = [threading.Thread(target=save, args=(store, folder)) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -305,7 +312,7 @@ def test_saving_one_name_from_many_threads_gives_each_its_own_version(store, fol
 # The log
 
 
-def test_removing_takes_out_one_expert_and_keeps_its_files(store, folder):
+def test_removing_takes_out_one_expert_and_keeps_its_files(store: ExpertStore, folder: Path) -> None:
     for name in ("qa", "sa", "pe"):
         store.publish(save(store, folder, name))
     sequence = store.remove("sa")
@@ -313,13 +320,13 @@ def test_removing_takes_out_one_expert_and_keeps_its_files(store, folder):
     assert store.resolve("sa").id == "sa@1"
 
 
-def test_removing_what_is_not_live_names_what_is(store, folder):
+def test_removing_what_is_not_live_names_what_is(store: ExpertStore, folder: Path) -> None:
     store.publish(save(store, folder))
     with pytest.raises(NotFoundError, match="live are: sa"):
         store.remove("qa")
 
 
-def test_rolling_back_is_a_new_version_with_the_old_list(store, folder):
+def test_rolling_back_is_a_new_version_with_the_old_list(store: ExpertStore, folder: Path) -> None:
     for name in ("qa", "sa", "pe"):
         store.publish(save(store, folder, name))
     sequence = store.roll_back(2)
@@ -328,13 +335,13 @@ def test_rolling_back_is_a_new_version_with_the_old_list(store, folder):
     assert live(store.roll_back(0)) == []
 
 
-def test_rolling_back_to_what_is_live_is_a_conflict(store, folder):
+def test_rolling_back_to_what_is_live_is_a_conflict(store: ExpertStore, folder: Path) -> None:
     store.publish(save(store, folder))
     with pytest.raises(ConflictError, match="now live"):
         store.roll_back(1)
 
 
-def test_rolling_back_to_an_expert_that_is_gone_is_a_conflict(store, folder, tmp_path):
+def test_rolling_back_to_an_expert_that_is_gone_is_a_conflict(store: ExpertStore, folder: Path, tmp_path: Path) -> None:
     store.publish(save(store, folder))
     store.remove("sa")
     (tmp_path / "store/experts/sa/1/manifest.json").unlink()
@@ -343,13 +350,13 @@ def test_rolling_back_to_an_expert_that_is_gone_is_a_conflict(store, folder, tmp
 
 
 @pytest.mark.parametrize("version", [-1, 5])
-def test_a_version_that_never_was_is_not_found(store, folder, version):
+def test_a_version_that_never_was_is_not_found(store: ExpertStore, folder: Path, version: int) -> None:
     store.publish(save(store, folder))
     with pytest.raises(NotFoundError, match="the newest is 1"):
         store.sequence(version)
 
 
-def test_at_answers_what_was_live_at_any_time(store, folder):
+def test_at_answers_what_was_live_at_any_time(store: ExpertStore, folder: Path) -> None:
     versions = [store.publish(save(store, folder, name)) for name in ("qa", "sa", "pe", "trans", "para")]
     tick = timedelta(microseconds=1)
     assert store.at(versions[0].created_at - tick).version == 0
@@ -360,15 +367,15 @@ def test_at_answers_what_was_live_at_any_time(store, folder):
     assert store.at(datetime.now(UTC)) == versions[-1]
 
 
-def test_at_needs_a_time_zone(store):
+def test_at_needs_a_time_zone(store: ExpertStore) -> None:
     with pytest.raises(StoreError, match="time zone"):
         store.at(datetime(2026, 1, 1))
 
 
-def test_the_log_never_goes_back_in_time(store, folder, monkeypatch):
+def test_the_log_never_goes_back_in_time(store: ExpertStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class LateClock(datetime):
         @classmethod
-        def now(cls, tz=None):
+        def now(cls, tz: Any = None) -> Any:
             return datetime(2001, 1, 1, tzinfo=tz)
 
     first = store.publish(save(store, folder))
@@ -376,7 +383,9 @@ def test_the_log_never_goes_back_in_time(store, folder, monkeypatch):
     assert store.publish(save(store, folder, "qa")).created_at == first.created_at
 
 
-def test_head_looks_only_at_the_end_of_a_long_log(store, folder, monkeypatch):
+def test_head_looks_only_at_the_end_of_a_long_log(
+    store: ExpertStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("qa", "sa", "pe"):
         store.publish(save(store, folder, name))
     store.head()
@@ -387,7 +396,7 @@ def test_head_looks_only_at_the_end_of_a_long_log(store, folder, monkeypatch):
     assert listed == [["sequence/00000003.json"]]
 
 
-def test_foreign_files_beside_the_snapshots_are_ignored(store, folder, tmp_path):
+def test_foreign_files_beside_the_snapshots_are_ignored(store: ExpertStore, folder: Path, tmp_path: Path) -> None:
     store.publish(save(store, folder))
     for name in (".DS_Store", "00000009.json.bak", "9.json"):
         (tmp_path / "store/sequence" / name).write_text("?")
@@ -404,7 +413,7 @@ def publish_and_die(url: str, folder: Path) -> None:
     save(store, folder)
 
 
-def test_a_crash_before_the_manifest_leaves_nothing_to_see(store, folder):
+def test_a_crash_before_the_manifest_leaves_nothing_to_see(store: ExpertStore, folder: Path) -> None:
     worker = multiprocessing.get_context("spawn").Process(target=publish_and_die, args=(store.url, folder))
     worker.start()
     worker.join()
@@ -437,7 +446,7 @@ DAMAGE = ["half written", "empty", "not an object", "edited", "seal removed"]
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_corrupt_snapshot_is_named(store, folder, tmp_path, how):
+def test_a_corrupt_snapshot_is_named(store: ExpertStore, folder: Path, tmp_path: Path, how: Any) -> None:
     for name in ("sa", "qa"):
         store.publish(save(store, folder, name))
     damage(tmp_path / "store/sequence/00000002.json", how)
@@ -448,7 +457,7 @@ def test_a_corrupt_snapshot_is_named(store, folder, tmp_path, how):
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_corrupt_manifest_is_named(store, folder, tmp_path, how):
+def test_a_corrupt_manifest_is_named(store: ExpertStore, folder: Path, tmp_path: Path, how: Any) -> None:
     ref = save(store, folder)
     damage(tmp_path / "store/experts/sa/1/manifest.json", how)
     for read in (store.experts, lambda: store.publish(ref), lambda: store.fetch(ref, tmp_path / "cache")):
@@ -456,7 +465,7 @@ def test_a_corrupt_manifest_is_named(store, folder, tmp_path, how):
             read()
 
 
-def test_a_snapshot_copied_to_another_number_is_corrupt(store, folder, tmp_path):
+def test_a_snapshot_copied_to_another_number_is_corrupt(store: ExpertStore, folder: Path, tmp_path: Path) -> None:
     store.publish(save(store, folder))
     log = tmp_path / "store/sequence"
     (log / "00000002.json").write_bytes((log / "00000001.json").read_bytes())
@@ -464,7 +473,7 @@ def test_a_snapshot_copied_to_another_number_is_corrupt(store, folder, tmp_path)
         store.head()
 
 
-def test_a_later_format_asks_for_an_upgrade(store, folder, tmp_path):
+def test_a_later_format_asks_for_an_upgrade(store: ExpertStore, folder: Path, tmp_path: Path) -> None:
     ref = save(store, folder)
     path = tmp_path / "store/experts/sa/1/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
@@ -473,7 +482,7 @@ def test_a_later_format_asks_for_an_upgrade(store, folder, tmp_path):
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3])
-def test_a_gap_in_the_log_is_named(store, folder, tmp_path, missing):
+def test_a_gap_in_the_log_is_named(store: ExpertStore, folder: Path, tmp_path: Path, missing: int) -> None:
     for name in ("qa", "sa", "pe"):
         store.publish(save(store, folder, name))
     store.head()
@@ -487,7 +496,9 @@ def test_a_gap_in_the_log_is_named(store, folder, tmp_path, missing):
             store.head()
 
 
-def test_a_listing_that_skips_a_version_is_no_gap(store, folder, monkeypatch):
+def test_a_listing_that_skips_a_version_is_no_gap(
+    store: ExpertStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("qa", "sa", "pe"):
         store.publish(save(store, folder, name))
     real = store._objects.list
@@ -497,7 +508,7 @@ def test_a_listing_that_skips_a_version_is_no_gap(store, folder, monkeypatch):
     assert store.head().version == 3
 
 
-def test_a_manifest_cannot_name_files_outside_the_folder():
+def test_a_manifest_cannot_name_files_outside_the_folder() -> None:
     fields = FIELDS | {"name": "sa", "version": 1, "created_at": datetime.now(UTC)}
     Manifest(**fields, files={"a/.b/c-1.json": "0" * 64})
     for name in ("../x", "/etc/passwd", "a/../../x", "a//b", "..", ".", "", "a\\b", "a#1", "a\n"):
@@ -506,30 +517,30 @@ def test_a_manifest_cannot_name_files_outside_the_folder():
 
 
 @pytest.mark.parametrize("url", ["http://example.com/x", "memory:///", "ftp://host/x", "s3://", "nonsense://x"])
-def test_a_url_that_cannot_be_a_store_is_a_store_error(url):
+def test_a_url_that_cannot_be_a_store_is_a_store_error(url: str) -> None:
     with pytest.raises(StoreError, match="cannot open the expert store"):
         ExpertStore.open(url)
 
 
-def test_a_store_that_is_a_file_is_a_store_error(tmp_path):
+def test_a_store_that_is_a_file_is_a_store_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"cannot open the expert store .*check that the folder"):
         ExpertStore.open(tmp_path / "file")
 
 
-def test_a_missing_azure_account_says_which_variable(monkeypatch):
+def test_a_missing_azure_account_says_which_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(StoreError, match="AZURE_STORAGE_ACCOUNT_NAME"):
         ExpertStore.open("az://container/experts")
 
 
-def test_a_file_url_is_the_folder(tmp_path, folder):
+def test_a_file_url_is_the_folder(tmp_path: Path, folder: Path) -> None:
     store = ExpertStore.open((tmp_path / "a store").as_uri())
     save(store, folder)
     assert ExpertStore.open(tmp_path / "a store").resolve("sa").id == "sa@1"
 
 
-def test_errors_survive_pickling(store):
+def test_errors_survive_pickling(store: ExpertStore) -> None:
     with pytest.raises(SeeError) as raised:
         store.resolve("sa")
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
@@ -543,13 +554,13 @@ def bucket() -> ExpertStore:
     return ExpertStore(MemoryStore(), "memory")
 
 
-def test_a_local_store_hands_out_its_own_folder(store, folder, tmp_path):
+def test_a_local_store_hands_out_its_own_folder(store: ExpertStore, folder: Path, tmp_path: Path) -> None:
     fetched = store.fetch(save(store, folder), tmp_path / "cache")
     assert fetched == (tmp_path / "store/experts/sa/1").resolve()
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_bucket_is_downloaded_once(bucket, folder, tmp_path):
+def test_a_bucket_is_downloaded_once(bucket: ExpertStore, folder: Path, tmp_path: Path) -> None:
     (folder / "large.bin").write_bytes(os.urandom(11_000_000))  # more than one part of a multipart upload
     ref = save(bucket, folder)
     fetched = bucket.fetch(ref, tmp_path / "cache")
@@ -560,14 +571,14 @@ def test_a_bucket_is_downloaded_once(bucket, folder, tmp_path):
     assert os.listdir(tmp_path / "cache") == [fetched.name]
 
 
-def test_two_stores_share_a_cache_without_mixing(tmp_path):
+def test_two_stores_share_a_cache_without_mixing(tmp_path: Path) -> None:
     for text in ("one", "two"):
         bucket = ExpertStore(MemoryStore())
         ref = save(bucket, adapter(tmp_path / text, text))
         assert (bucket.fetch(ref, tmp_path / "cache") / "adapter_model.safetensors").read_text() == text
 
 
-def test_many_at_once_download_into_one_folder(bucket, folder, tmp_path):
+def test_many_at_once_download_into_one_folder(bucket: ExpertStore, folder: Path, tmp_path: Path) -> None:
     ref, found = save(bucket, folder), []
     barrier = threading.Barrier(8)
 
@@ -585,7 +596,9 @@ def test_many_at_once_download_into_one_folder(bucket, folder, tmp_path):
     assert os.listdir(tmp_path / "cache") == [found[0].name]
 
 
-def test_a_download_that_ends_second_takes_the_first(bucket, folder, tmp_path, monkeypatch):
+def test_a_download_that_ends_second_takes_the_first(
+    bucket: ExpertStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ref, first, real = save(bucket, folder), [], store_module._verify
 
     def overtaken(where: Path, manifest: Manifest, name: str) -> None:
@@ -598,20 +611,20 @@ def test_a_download_that_ends_second_takes_the_first(bucket, folder, tmp_path, m
     assert os.listdir(tmp_path / "cache") == [first[0].name]
 
 
-def test_a_cache_that_cannot_be_written_is_a_store_error(bucket, folder, tmp_path):
+def test_a_cache_that_cannot_be_written_is_a_store_error(bucket: ExpertStore, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(StoreError, match="cannot fetch sa@1"):
         bucket.fetch(save(bucket, folder), tmp_path / "cache")
 
 
-def test_the_log_works_in_a_bucket(bucket, folder):
+def test_the_log_works_in_a_bucket(bucket: ExpertStore, folder: Path) -> None:
     for name in ("qa", "sa", "pe"):
         bucket.publish(save(bucket, folder, name))
     bucket.remove("sa")
     assert [live(sequence) for sequence in bucket.history()][-1] == live(bucket.head()) == ["qa@1", "pe@1"]
 
 
-def test_a_corrupt_file_is_named(store, folder, tmp_path):
+def test_a_corrupt_file_is_named(store: ExpertStore, folder: Path, tmp_path: Path) -> None:
     ref = save(store, folder)
     (tmp_path / "store/experts/sa/1/adapter_model.safetensors").write_text("weighty")
     with pytest.raises(StoreError, match=r"adapter_model.safetensors is corrupt"):
@@ -620,7 +633,7 @@ def test_a_corrupt_file_is_named(store, folder, tmp_path):
         store.read_bytes(ref, "adapter_model.safetensors")
 
 
-def test_a_corrupt_file_in_a_bucket_does_not_enter_the_cache(bucket, folder, tmp_path):
+def test_a_corrupt_file_in_a_bucket_does_not_enter_the_cache(bucket: ExpertStore, folder: Path, tmp_path: Path) -> None:
     ref = save(bucket, folder)
     bucket._objects._store.put("experts/sa/1/adapter_model.safetensors", b"weighty")
     with pytest.raises(StoreError, match=r"experts/sa/1/adapter_model.safetensors is corrupt"):
@@ -629,7 +642,7 @@ def test_a_corrupt_file_in_a_bucket_does_not_enter_the_cache(bucket, folder, tmp
 
 
 @pytest.mark.parametrize("where", ["store", "bucket"])
-def test_a_missing_file_is_named(where, folder, tmp_path, request):
+def test_a_missing_file_is_named(where: str, folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     store = request.getfixturevalue(where)
     ref = save(store, folder)
     store._objects._store.delete("experts/sa/1/rehearsal.jsonl")
@@ -637,14 +650,14 @@ def test_a_missing_file_is_named(where, folder, tmp_path, request):
         store.fetch(ref, tmp_path / "cache")
 
 
-def test_a_cache_that_is_damaged_later_is_noticed(bucket, folder, tmp_path):
+def test_a_cache_that_is_damaged_later_is_noticed(bucket: ExpertStore, folder: Path, tmp_path: Path) -> None:
     ref = save(bucket, folder)
     (bucket.fetch(ref, tmp_path / "cache") / "adapter_config.json").write_text("{}")
     with pytest.raises(StoreError, match=r"adapter_config.json is corrupt"):
         bucket.fetch(ref, tmp_path / "cache")
 
 
-def test_reading_a_file(store, folder):
+def test_reading_a_file(store: ExpertStore, folder: Path) -> None:
     ref = save(store, folder)
     assert store.read_text(ref, "rehearsal.jsonl") == '{"prompt": "é"}\n'
     assert store.read_bytes(ref, "adapter_model.safetensors") == b"weights"

@@ -109,7 +109,7 @@ def save(store: ExpertStore, tmp_path: Path, name: str = "sa") -> ExpertRef:
     return manifest.ref
 
 
-def test_the_whole_life_of_an_expert_in_a_bucket(s3, tmp_path):
+def test_the_whole_life_of_an_expert_in_a_bucket(s3: SmallS3, tmp_path: Path) -> None:
     store = ExpertStore.open("s3://bucket/team")
     for name in ("qa", "sa", "pe"):
         store.publish(save(store, tmp_path, name))
@@ -122,14 +122,14 @@ def test_the_whole_life_of_an_expert_in_a_bucket(s3, tmp_path):
     assert len(store.experts()) == 3
 
 
-def test_a_lost_race_in_a_bucket_takes_the_next_version(s3, tmp_path):
+def test_a_lost_race_in_a_bucket_takes_the_next_version(s3: SmallS3, tmp_path: Path) -> None:
     store, rival = ExpertStore.open("s3://bucket/team"), ExpertStore.open("s3://bucket/team")
     ours, theirs = save(store, tmp_path, "sa"), save(store, tmp_path, "qa")
     sequence = store.publish(ours, check=lambda head: None if head.experts else rival.publish(theirs) and None)
     assert [ref.id for ref in sequence.experts] == ["qa@1", "sa@1"]
 
 
-def test_a_put_whose_answer_got_lost_is_known_as_our_own(s3, tmp_path):
+def test_a_put_whose_answer_got_lost_is_known_as_our_own(s3: SmallS3, tmp_path: Path) -> None:
     store = ExpertStore.open("s3://bucket")
     s3.lose_answers_to = "claim"
     ref = save(store, tmp_path)
@@ -140,7 +140,7 @@ def test_a_put_whose_answer_got_lost_is_known_as_our_own(s3, tmp_path):
         store.publish(ref)
 
 
-def test_head_of_a_long_log_is_two_requests(s3, tmp_path):
+def test_head_of_a_long_log_is_two_requests(s3: SmallS3, tmp_path: Path) -> None:
     store = ExpertStore.open("s3://bucket")
     for name in ("qa", "sa", "pe"):
         store.publish(save(store, tmp_path, name))
@@ -150,13 +150,13 @@ def test_head_of_a_long_log_is_two_requests(s3, tmp_path):
     assert len(s3.requests) == 2
 
 
-def test_refused_credentials_say_which_variables_hold_them(s3):
+def test_refused_credentials_say_which_variables_hold_them(s3: SmallS3) -> None:
     s3.forbid = True
     with pytest.raises(StoreError, match=r"cannot list sequence/ in .*AWS_ACCESS_KEY_ID"):
         ExpertStore.open("s3://bucket").head()
 
 
-def test_a_bucket_out_of_reach_is_a_store_error(monkeypatch, s3):
+def test_a_bucket_out_of_reach_is_a_store_error(monkeypatch: pytest.MonkeyPatch, s3: SmallS3) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(StoreError, match="check the address, the network"):
         ExpertStore.open("s3://bucket").head()

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,13 +36,13 @@ def ref(text: str) -> ExpertRef:
     return ExpertRef(name=name, version=int(version))
 
 
-def test_the_head_is_the_last_version(store):
+def test_the_head_is_the_last_version(store: ExpertStore) -> None:
     head = store.head()
     assert (head.version, head.change, head.forced) == (5, "roll back to 2", False)
     assert [expert.id for expert in head.newest_first()] == ["qa@1", "sa@1"]
 
 
-def test_the_history_reads_back(store):
+def test_the_history_reads_back(store: ExpertStore) -> None:
     assert [([expert.id for expert in past.experts], past.change, past.forced) for past in store.history()] == [
         (["sa@1"], "publish sa@1", False),
         (["sa@1", "qa@1"], "publish qa@1", True),
@@ -51,11 +52,11 @@ def test_the_history_reads_back(store):
     ]
 
 
-def test_what_was_live_at_a_time_is_found(store):
+def test_what_was_live_at_a_time_is_found(store: ExpertStore) -> None:
     assert store.at(store.sequence(3).created_at).version == 3
 
 
-def test_the_manifests_read_back(store):
+def test_the_manifests_read_back(store: ExpertStore) -> None:
     assert [manifest.id for manifest in store.experts()] == IDS
     sa, qa, pe = (store.manifest(ref(text)) for text in ("sa@1", "qa@1", "pe@1"))
     assert (sa.gate, qa.gate, pe.gate) == ("passed", "forced", "set aside")
@@ -65,26 +66,26 @@ def test_the_manifests_read_back(store):
     assert len(pe.gate_failed) == 1
 
 
-def test_the_activation_of_both_forms_reads_back(store):
+def test_the_activation_of_both_forms_reads_back(store: ExpertStore) -> None:
     assert activation_of_manifest(store.manifest(ref("sa@1"))) == Activation((1, 9690, 198), 1, accept=3, refuse=4)
     assert activation_of_manifest(store.manifest(ref("qa@1"))).tokens is None
 
 
 @pytest.mark.parametrize("text", IDS)
-def test_the_digests_of_all_files_hold(store, tmp_path, text):
+def test_the_digests_of_all_files_hold(store: ExpertStore, tmp_path: Path, text: Any) -> None:
     folder = store.fetch(ref(text), tmp_path)
     assert (folder / "adapter_model.safetensors").stat().st_size == 136
 
 
 @pytest.mark.parametrize("text", IDS)
-def test_the_kept_queries_read_back(store, text):
+def test_the_kept_queries_read_back(store: ExpertStore, text: Any) -> None:
     name = text.partition("@")[0]
     rehearsal, held_out = kept_chats(store, ref(text))
     assert [chat[-1]["content"] for chat in rehearsal] == [f"{name} rehearsal {i}" for i in range(2)]
     assert [chat[-1]["content"] for chat in held_out] == [f"{name} query {i}: größer?\u2028日本" for i in range(4)]
 
 
-def test_the_reports_read_back(store):
+def test_the_reports_read_back(store: ExpertStore) -> None:
     assert json.loads(store.read_text(ref("pe@1"), "gate.json"))["passed"] is False
     assert json.loads(store.read_text(ref("sa@1"), "calibration.json"))["own"] == 4
     assert store.read_text(ref("sa@1"), "gate.md").startswith("# Gate: passed")
@@ -92,14 +93,14 @@ def test_the_reports_read_back(store):
 
 @pytest.mark.parametrize("text", IDS)
 @pytest.mark.filterwarnings("ignore:the setting:FutureWarning")
-def test_the_configurations_load(store, tmp_path, text):
+def test_the_configurations_load(store: ExpertStore, tmp_path: Path, text: Any) -> None:
     config = load_config(store.fetch(ref(text), tmp_path) / "config.yaml")
     assert (config.fit.r, config.fit.target_modules) == (2, ("q_proj",))
     assert config.fit.form == store.manifest(ref(text)).form
 
 
 @pytest.mark.filterwarnings("ignore:the setting:FutureWarning")
-def test_settings_under_their_old_names_keep_their_values(store, tmp_path):
+def test_settings_under_their_old_names_keep_their_values(store: ExpertStore, tmp_path: Path) -> None:
     config = load_config(store.fetch(ref("sa@2"), tmp_path) / "config.yaml")
     assert config.fit.max_tokens_per_micro_batch == 4096
     assert config.serve.max_num_batched_tokens == 256
@@ -107,11 +108,11 @@ def test_settings_under_their_old_names_keep_their_values(store, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the setting:FutureWarning")
-def test_the_default_configuration_of_0_1_is_that_of_today(tmp_path):
+def test_the_default_configuration_of_0_1_is_that_of_today(tmp_path: Path) -> None:
     assert load_config(STORE.parent / "config-0.1.yaml") == Config()
 
 
-def test_the_default_configuration_of_0_1_warns_of_every_renamed_setting():
+def test_the_default_configuration_of_0_1_warns_of_every_renamed_setting() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_config(STORE.parent / "config-0.1.yaml")
@@ -119,7 +120,7 @@ def test_the_default_configuration_of_0_1_warns_of_every_renamed_setting():
     assert renamed == ["look_back_s", "pass_tokens", "pass_tokens", "traced_share"]
 
 
-def test_an_old_store_is_published_to(copy, tmp_path):
+def test_an_old_store_is_published_to(copy: ExpertStore, tmp_path: Path) -> None:
     """On a copy: a new version of an old expert, and the next sequence version."""
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -135,7 +136,7 @@ def test_an_old_store_is_published_to(copy, tmp_path):
     assert [expert.id for expert in reopened.roll_back(3).experts] == ["qa@1", "sa@2"]
 
 
-def test_an_edited_file_of_an_old_store_is_noticed(copy, tmp_path):
+def test_an_edited_file_of_an_old_store_is_noticed(copy: ExpertStore, tmp_path: Path) -> None:
     (Path(copy.url) / "experts/sa/1/config.yaml").write_text("fit: {r: 3}\n")
     with pytest.raises(StoreError, match=r"config\.yaml is corrupt"):
         copy.fetch(ref("sa@1"), tmp_path)

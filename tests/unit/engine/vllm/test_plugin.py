@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests")
@@ -24,7 +26,7 @@ def plugin() -> None:
 
 
 @pytest.fixture(scope="module")
-def hasher():
+def hasher() -> Any:
     from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 
@@ -33,7 +35,7 @@ def hasher():
 
 
 def blocks(
-    hasher, adapter: str | None = None, point: int | None = None, prompt: list[int] | None = None
+    hasher: Any, adapter: str | None = None, point: int | None = None, prompt: list[int] | None = None
 ) -> list[bytes]:
     """Hashes of a request's whole KV blocks."""
     from vllm import SamplingParams
@@ -45,33 +47,33 @@ def blocks(
     return Request("r", PROMPT, params, None, lora_request=lora, block_hasher=hasher).block_hashes
 
 
-def test_blocks_before_the_point_are_the_base_models(hasher):
+def test_blocks_before_the_point_are_the_base_models(hasher: Any) -> None:
     base = blocks(hasher)
     assert blocks(hasher, "a", 69) == blocks(hasher, "b", 66) == base
     assert len(base) == 4
 
 
 @pytest.mark.parametrize(("point", "shared"), [(64, 4), (63, 3), (49, 3), (48, 3), (47, 2), (1, 0), (0, 0)])
-def test_a_block_is_shared_if_it_ends_at_the_point_or_before(hasher, point, shared):
+def test_a_block_is_shared_if_it_ends_at_the_point_or_before(hasher: Any, point: int, shared: int) -> None:
     same = [ours == theirs for ours, theirs in zip(blocks(hasher, "a", point), blocks(hasher), strict=True)]
     assert same == [True] * shared + [False] * (4 - shared)
 
 
-def test_behind_the_point_each_adapter_has_its_own_blocks(hasher):
+def test_behind_the_point_each_adapter_has_its_own_blocks(hasher: Any) -> None:
     assert blocks(hasher, "a", 40)[2:] != blocks(hasher, "b", 40)[2:]
     assert blocks(hasher, "a", 40) == blocks(hasher, "a", 40)
 
 
-def test_the_same_tokens_with_another_point_are_other_blocks(hasher):
+def test_the_same_tokens_with_another_point_are_other_blocks(hasher: Any) -> None:
     assert blocks(hasher, "a", 40)[2] != blocks(hasher, "a", 41)[2]
 
 
-def test_a_full_form_adapter_shares_no_block(hasher):
+def test_a_full_form_adapter_shares_no_block(hasher: Any) -> None:
     full = blocks(hasher, "a")
     assert not set(full) & (set(blocks(hasher)) | set(blocks(hasher, "a", 0)) | set(blocks(hasher, "a", 69)))
 
 
-def test_requests_without_a_point_are_hashed_as_vllm_does(hasher, monkeypatch):
+def test_requests_without_a_point_are_hashed_as_vllm_does(hasher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.core import kv_cache_utils
 
     patched = [blocks(hasher), blocks(hasher, "a")]
@@ -80,7 +82,7 @@ def test_requests_without_a_point_are_hashed_as_vllm_does(hasher, monkeypatch):
     assert [blocks(hasher), blocks(hasher, "a")] == patched
 
 
-def test_the_patch_reaches_modules_that_imported_by_name():
+def test_the_patch_reaches_modules_that_imported_by_name() -> None:
     from vllm.v1.core import block_pool, kv_cache_utils
 
     assert block_pool.generate_block_hash_extra_keys is kv_cache_utils.generate_block_hash_extra_keys
@@ -88,7 +90,9 @@ def test_the_patch_reaches_modules_that_imported_by_name():
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.33.0rc1", "1.0.0+cpu", "dev"])
-def test_another_version_of_vllm_is_left_alone(version, monkeypatch, caplog):
+def test_another_version_of_vllm_is_left_alone(
+    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import vllm
     from vllm.v1.core import kv_cache_utils
 
@@ -101,7 +105,7 @@ def test_another_version_of_vllm_is_left_alone(version, monkeypatch, caplog):
     assert version in caplog.text
 
 
-def test_a_function_that_is_not_what_it_was_is_found(monkeypatch):
+def test_a_function_that_is_not_what_it_was_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     monkeypatch.setattr(vllm_plugin, "_problem", "not loaded")
@@ -110,7 +114,7 @@ def test_a_function_that_is_not_what_it_was_is_found(monkeypatch):
     assert "LoRAModelRunnerMixin.set_active_loras" in vllm_plugin.problem()
 
 
-def test_registering_again_changes_nothing():
+def test_registering_again_changes_nothing() -> None:
     from vllm.v1.core import kv_cache_utils
 
     before = kv_cache_utils.generate_block_hash_extra_keys
@@ -118,7 +122,7 @@ def test_registering_again_changes_nothing():
     assert kv_cache_utils.generate_block_hash_extra_keys is before
 
 
-def test_rows_without_adapter_are_left_alone_by_the_cpu_kernels():
+def test_rows_without_adapter_are_left_alone_by_the_cpu_kernels() -> None:
     import torch
     from vllm.lora.ops.torch_ops import lora_ops
 
@@ -132,7 +136,7 @@ def test_rows_without_adapter_are_left_alone_by_the_cpu_kernels():
     assert output[0].tolist() == [4.0] * 3, "vLLM has mended this; the plugin need not any more"
 
 
-def test_requests_of_one_step_get_each_the_log_probabilities_they_ask_for():
+def test_requests_of_one_step_get_each_the_log_probabilities_they_ask_for() -> None:
     import torch
     from vllm.v1.sample.logits_processor import LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import partial
+from typing import Any
 
 import numpy
 import pytest
@@ -30,17 +31,17 @@ def clouds() -> tuple[numpy.ndarray, list[str]]:
 
 
 @pytest.mark.parametrize("fit", [partial(routers.fit_logistic_regression, seed=0), routers.fit_nearest_mean])
-def test_points_go_to_their_own_cloud(fit):
+def test_points_go_to_their_own_cloud(fit: Any) -> None:
     classify = fit(*clouds())
     assert classify(numpy.array([[0.1, 0.2], [3.8, -0.1], [0.3, 4.2]])) == ["a", "b", "generalist"]
 
 
-def test_a_single_class_takes_everything():
+def test_a_single_class_takes_everything() -> None:
     assert routers.fit_logistic_regression(numpy.zeros((3, 2)), ["a"] * 3, 0)(numpy.ones((2, 2))) == ["a", "a"]
 
 
 @embeds
-def test_sentences_about_the_same_thing_are_nearer():
+def test_sentences_about_the_same_thing_are_nearer() -> None:
     vectors = routers.embed([text for texts in QUERIES.values() for text in texts])
     assert numpy.linalg.norm(vectors, axis=1) == pytest.approx(1)
     alike = vectors @ vectors.T
@@ -48,12 +49,12 @@ def test_sentences_about_the_same_thing_are_nearer():
 
 
 @embeds
-def test_the_diverse_part_has_something_of_each_kind():
+def test_the_diverse_part_has_something_of_each_kind() -> None:
     kind_of = {text: name for name, texts in QUERIES.items() for text in texts}
     assert {kind_of[text] for text in ssr.diverse(list(kind_of), 2, 0)} == {"recipes", "planets"}
 
 
-def test_hidden_states_do_not_depend_on_what_stands_beside_them(base, config):
+def test_hidden_states_do_not_depend_on_what_stands_beside_them(base: Any, config: Any) -> None:
     model = load_model(base, config.base_model, "cpu")
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
     together = routers.hidden_states(model, prompts)

@@ -18,7 +18,7 @@ def task(instruction: str = INSTRUCTION) -> Task:
     return Task("reviews", tuple(rows), tuple(rows[:1]), ())
 
 
-def test_the_instruction_is_what_all_begin_with_up_to_a_lines_end():
+def test_the_instruction_is_what_all_begin_with_up_to_a_lines_end() -> None:
     assert ssr.common_start([row.prompt[-1][1] for row in task().train]) == INSTRUCTION
     assert ssr.common_start(["abc", "abd"]) == ""
 
@@ -27,7 +27,7 @@ def test_the_instruction_is_what_all_begin_with_up_to_a_lines_end():
     importlib.util.find_spec(routers.EMBEDDING_PACKAGE) is None,
     reason="the embedding model is installed by make embeddings",
 )
-def test_the_instruction_is_shown_once_and_copied_to_what_is_written():
+def test_the_instruction_is_shown_once_and_copied_to_what_is_written() -> None:
     asked: list[str] = []
 
     def write(contexts: list[str], seed: int) -> list[str]:
@@ -41,11 +41,11 @@ def test_the_instruction_is_shown_once_and_copied_to_what_is_written():
     assert all(text.startswith(f"{INSTRUCTION}Text ") and "another" not in text for text in found)
 
 
-def test_copies_of_shown_rows_and_of_each_other_are_dropped():
+def test_copies_of_shown_rows_and_of_each_other_are_dropped() -> None:
     found = ssr.synthesize_inputs(task(), 3, lambda contexts, seed: [" Review 1", " New", " New", ""] * 2, seed=0)
     assert found == [f"{INSTRUCTION}New"]
 
 
-def test_rows_without_an_answer_are_dropped():
+def test_rows_without_an_answer_are_dropped() -> None:
     rows = ssr.as_rows(["a", "b"], ["yes", " "], task())
     assert [(row.prompt, row.response) for row in rows] == [((("user", "a"),), "yes")]
