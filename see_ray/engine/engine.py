@@ -104,6 +104,9 @@ class EmbeddedEngine:
         """Counts since the start, and current sizes; see `Scheduler.stats`."""
         return self._scheduler.stats()
 
+    def check_health(self) -> None:
+        """Nothing to check: the engine lives in this process."""
+
     # --- experts -------------------------------------------------------------------------------
 
     def load(self, expert: Expert) -> None:
@@ -218,9 +221,6 @@ class EmbeddedEngine:
             self._prefix_cache.insert(tuple(prompt), None, Prefix.of_arrays(arrays, like))
 
     # --- steps ---------------------------------------------------------------------------------
-
-    def check_health(self) -> None:
-        """Nothing to check: the engine lives in this process."""
 
     async def _prefill(
         self, prompt: Sequence[int], experts: Sequence[LoadedExpert | None], max_indicator_rows: int
