@@ -6,7 +6,7 @@ nothing is cached. The kinds run in turns; the tables have medians of repeated r
     oracle      the caller names the expert: no routing
     activated   all N decide over one prefix, and the winner continues from it
     full        the paper's form on the same engine: ordinary LoRA, all N asked one after another
-    peft_loop   the same in plain transformers and PEFT: set_adapter and a forward pass for each expert
+    peft_loop   the same in plain transformers and PEFT: set_adapter and a forward for each expert
 
 Then the time between an answer's tokens, of one answer and of 16 together, beside plain `generate` of the same model
 and beside the time that reading the weights takes at this machine's copy bandwidth. Where several answers are written

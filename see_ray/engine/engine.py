@@ -3,7 +3,7 @@
     requests ──► Scheduler ──► ScheduledBatch ──► ModelRunner ──► results ──► requests
                  event loop                       worker thread
 
-One base model serves all experts. Their requests share forward passes: each step prefills prompts, runs the experts'
+One base model serves all experts. Their requests share forwards: each step prefills prompts, runs the experts'
 decision rows where a prompt ends, and decodes one token of every running answer. No token of a prompt is computed
 twice: decisions and answers continue from the same keys and values (`engine.prefix_cache`).
 
@@ -163,7 +163,7 @@ class EmbeddedEngine:
         Args:
             prompts: token ids up to and including the generation prompt.
             expert: name.
-            max_num_batched_tokens: most tokens of a forward pass, unless a single prompt is longer.
+            max_num_batched_tokens: most tokens of a forward, unless a single prompt is longer.
         """
         loaded = self._scheduler.experts[expert]
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

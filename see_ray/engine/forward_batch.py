@@ -1,4 +1,4 @@
-"""One forward pass for the tokens of many requests, packed into one sequence.
+"""One forward for the tokens of many requests, packed into one sequence.
 
 Three kinds of work share it, each token with the adapter that applies to it:
 
@@ -43,9 +43,9 @@ class DecisionRows:
         prefix_length: tokens of the prompt that the rows attend to.
         token_ids: tokens of each row.
         adapters: adapter index of each row.
-        hidden: [rows, tokens, hidden size] after the forward pass.
+        hidden: [rows, tokens, hidden size] after the forward.
         layers: keys and values of the rows' tokens, one pair per layer, each [rows, heads, tokens, head size], after
-            the forward pass.
+            the forward.
     """
 
     prefix_length: int
@@ -69,7 +69,7 @@ class PrefillChunk:
         token_ids: tokens of the chunk; may be empty if there are decision rows.
         adapter: adapter index that applies to them.
         decision_rows: rows that continue from the end of the chunk or from before it.
-        prefix: keys and values of `past` and the chunk, after the forward pass.
+        prefix: keys and values of `past` and the chunk, after the forward.
     """
 
     past: Prefix
@@ -86,13 +86,13 @@ class PrefillChunk:
 
 @dataclass(eq=False)
 class DecodeStep:
-    """One more token of an answer. Its slot has grown by the token after the forward pass.
+    """One more token of an answer. Its slot has grown by the token after the forward.
 
     Attributes:
         token_id: the token to run.
         adapter: adapter index that applies to it.
         slot: keys and values of the answer so far, prompt included.
-        hidden: [hidden size] after the forward pass.
+        hidden: [hidden size] after the forward.
     """
 
     token_id: int
@@ -102,7 +102,7 @@ class DecodeStep:
 
 
 def run_batch(model: Any, adapters: AdapterBank, chunks: Sequence[PrefillChunk], steps: Sequence[DecodeStep]) -> None:
-    """Run one forward pass. Its results are stored in `chunks` and `steps`.
+    """Run one forward. Its results are stored in `chunks` and `steps`.
 
     Raises:
         ServingError: the model's attention has a feature that the engine does not implement.

@@ -1,4 +1,4 @@
-"""Which of PyTorch's matrix multiplication kernels a forward pass uses."""
+"""Which of PyTorch's matrix multiplication kernels a forward uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ token, 1.5 times for two. For four they are equal."""
 
 
 def native_kernels_are_faster(model: Any, num_tokens: int) -> bool:
-    """Whether PyTorch's own kernels are faster than oneDNN's for a forward pass of that many tokens."""
+    """Whether PyTorch's own kernels are faster than oneDNN's for a forward of that many tokens."""
     return (
         num_tokens <= MAX_NATIVE_TOKENS
         and model.device.type == "cpu"

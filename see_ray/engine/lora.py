@@ -1,7 +1,7 @@
-"""LoRA adapters of many experts in one base model, each token of a forward pass with its own.
+"""LoRA adapters of many experts in one base model, each token of a forward with its own.
 
 In every linear layer that any expert adapts, the adapters' weights are stacked: A as [adapters, r, in], B as
-[adapters, r, out]. A forward pass names an adapter index for each token. Index 0 is the base model: its weights are 0.
+[adapters, r, out]. A forward names an adapter index for each token. Index 0 is the base model: its weights are 0.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class AdapterBank:
 
     @contextmanager
     def applied(self, adapters: Sequence[int]) -> Iterator[None]:
-        """Apply to each token of the forward pass inside the adapter of that index."""
+        """Apply to each token of the forward inside the adapter of that index."""
         self.mapping = LoraMapping.of(adapters, self._model)
         try:
             yield

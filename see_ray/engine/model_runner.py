@@ -113,14 +113,14 @@ class ModelRunner:
         return True
 
     def decide(self, prompts: Sequence[Sequence[int]], expert: LoadedExpert) -> list[float]:
-        """P(accept) of an expert for some prompts, in one forward pass."""
+        """P(accept) of an expert for some prompts, in one forward."""
         chunks = [_whole_prompt(prompt, expert, expert.adapter) for prompt in prompts]
         self.forward(chunks, [])
         return [self.p_accept(chunk.decision_rows[0], [expert])[0] for chunk in chunks]
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[PrefillChunk], steps: Sequence[DecodeStep]) -> None:
-        """Run one forward pass; see `engine.forward_batch`."""
+        """Run one forward; see `engine.forward_batch`."""
         if steps or any(chunk.num_tokens for chunk in chunks):
             run_batch(self.model, self.adapters, chunks, steps)
 

@@ -47,9 +47,9 @@ class ScheduledBatch:
     """One step.
 
     Attributes:
-        waiting: answers to start as far as there are slots, before the forward pass.
+        waiting: answers to start as far as there are slots, before the forward.
         running: answers that decode one token.
-        released: experts whose adapters are deleted before the forward pass.
+        released: experts whose adapters are deleted before the forward.
         prefills: requests whose prompts are prefilled.
         chunks: the tokens of each of them.
         decisions: the decision rows of the chunks.

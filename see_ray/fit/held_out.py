@@ -24,7 +24,7 @@ from see_ray.models.activation import p_accept
 from see_ray.models.prefix_kv import Prefix
 
 EVAL_BATCH_ROWS = 16
-"""Held-out rows in one forward pass."""
+"""Held-out rows in one forward."""
 
 COMPARED_ROWS = 32
 """Held-out rows of the task on which the fitted adapter is compared with the base model alone."""
@@ -53,7 +53,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What one forward pass says about its rows.
+    """What one forward says about its rows.
 
     Attributes:
         indicator_logits: of (accept, pass) behind each row's prompt.

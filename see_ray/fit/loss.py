@@ -45,7 +45,7 @@ class TargetLogits:
 def target_logits(
     transformer: Any, prefix: Prefix, suffixes: Sequence[list[int]], targets: Sequence[tuple[int, ...]]
 ) -> TargetLogits:
-    """One forward pass over suffixes and targets; the output layer runs at target tokens only.
+    """One forward over suffixes and targets; the output layer runs at target tokens only.
 
     Args:
         transformer: a causal language model of transformers.

@@ -86,7 +86,7 @@ class RankBatches:
         return Loss(indicator, response), flags > 0
 
     def padding_share(self) -> float:
-        """Share of padding among the tokens of all steps' forward passes."""
+        """Share of padding among the tokens of all steps' forwards."""
         return round(1 - self._tokens / self._padded_tokens, 4) if self._padded_tokens else 0.0
 
     def _micro_batches(self, batch: Sequence[int], rank: int) -> list[list[int]]:

@@ -60,7 +60,7 @@ class RankModel:
 
     @property
     def forward_is_collective(self) -> bool:
-        """Whether all ranks must run equally many forward passes, as under ZeRO 3, which gathers sharded weights."""
+        """Whether all ranks must run equally many forwards, as under ZeRO 3, which gathers sharded weights."""
         return self.world_size > 1 and self.engine.zero_optimization_stage() == 3
 
     def split(self, example: Example) -> tuple[list[int], list[int]]:

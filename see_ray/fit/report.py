@@ -76,7 +76,7 @@ class FitSummary:
         stopped_early: whether `fit.early_stopping_patience` ended it.
         kv_store_gb: most memory for kept prefixes.
         kv_hit_rate: share of prefixes that were kept and not read again.
-        padding_share: share of padding among the tokens of the steps' forward passes.
+        padding_share: share of padding among the tokens of the steps' forwards.
         memory_gb: the most that rank 0 used.
         workers: number of ranks.
         zero_stage: of DeepSpeed.

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from see_ray.config import FitConfig
 
 PREFILL_TOKENS = 2048
-"""Most tokens, padding included, in one forward pass over prefixes; enough to keep a processor's units busy."""
+"""Most tokens, padding included, in one forward over prefixes; enough to keep a processor's units busy."""
 
 
 class Schedule:

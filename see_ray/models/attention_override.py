@@ -1,4 +1,4 @@
-"""One forward pass over a packed sequence, with an attention function of our own.
+"""One forward over a packed sequence, with an attention function of our own.
 
 Fitting (`models.prefix_kv.forward_packed`) and the embedded engine (`engine.forward_batch`) both concatenate the tokens
 of many rows into one sequence without padding. Linear layers do not notice; attention does, and has to be replaced.

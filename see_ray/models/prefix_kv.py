@@ -1,9 +1,9 @@
-"""Split forward passes: read a prefix once with the base model, then run further tokens over its keys and values.
+"""Split forwards: read a prefix once with the base model, then run further tokens over its keys and values.
 
 `prefill` computes a prefix without gradient. `forward` and `forward_packed` run rows of tokens over their prefixes: the
 first with padding, the second without, which is what fitting uses. `logits_of` turns hidden states into logits.
 
-This is the forward pass of fitting, and of its decisions on held-out rows. The embedded engine has its own
+This is the forward of fitting, and of its decisions on held-out rows. The embedded engine has its own
 (`engine.forward_batch`), for which keys and values are preallocated; the two share the replacement of a model's
 attention (`models.attention_override`), the `Prefix` and `logits_of`, and `tests/unit/engine/test_forward_batch.py`
 holds their results equal. Which tokens belong to the prefix is decided by `models.activation`; whether an adapter is

@@ -158,7 +158,7 @@ def test_the_result_is_a_peft_folder(one_worker: Any) -> None:
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_workers_fit_the_same_expert_as_one(fit: Any, one_worker: Any, stage: int) -> None:
-    # Under ZeRO 3 every forward pass gathers the whole model: evaluate only in the end.
+    # Under ZeRO 3 every forward gathers the whole model: evaluate only in the end.
     _, fitted = fit(f"zero{stage}", num_workers=2, zero_stage=stage, eval_every_steps=1000)
     assert (fitted.summary.workers, fitted.summary.zero_stage) == (2, stage)
     assert (fitted.summary.fewest_reads, fitted.summary.most_reads) == (2, 2)

@@ -163,7 +163,7 @@ def test_many_rows_are_attended_in_parts(models: Any, monkeypatch: pytest.Monkey
 @torch.inference_mode()
 @pytest.mark.parametrize("activation_tokens", [1, 3, None], ids=["last token", "last tokens", "full form"])
 def test_hidden_states_and_logits_are_those_of_fitting(models: Any, activation_tokens: int | None) -> None:
-    """The same prompts, adapters and answers through both forward passes: the packed rows of training, and the
+    """The same prompts, adapters and answers through both forwards: the packed rows of training, and the
     engine's prefill, decision rows and decode steps."""
     model, bank, peft = models
     answer = [30, 31, 32, 33, 34]

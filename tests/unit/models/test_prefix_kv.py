@@ -1,4 +1,4 @@
-"""Split forward passes: packed rows give the states and gradients of padded rows and of whole texts."""
+"""Split forwards: packed rows give the states and gradients of padded rows and of whole texts."""
 
 from __future__ import annotations
 
