@@ -88,15 +88,20 @@ class PrefixCache:
         return {index: self._pack(prefix, row) for row, index in enumerate(indices)}
 
     def _pack(self, prefix: Prefix, row: int) -> Tensor:
-        """One row's keys and values in host memory: [2 x layers, heads, tokens, head size]."""
+        """One row's keys and values in host memory, pinned if the model is on a GPU: [2 x layers, heads, tokens, head
+        size]. PyTorch rounds the size of a pinned tensor up to a power of two."""
         length = prefix.lengths[row]
-        return torch.stack([kv[row, :, :length] for layer in prefix.layers for kv in layer]).to("cpu", self._dtype)
+        packed = torch.stack([kv[row, :, :length] for layer in prefix.layers for kv in layer]).to(self._dtype)
+        if packed.device.type == "cpu":
+            return packed
+        return torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed)
 
     def _unpack(self, rows: list[Tensor]) -> Prefix:
-        """Packed rows as one padded batch on the model's device."""
+        """Packed rows as one batch, padded on the model's device."""
         lengths = tuple(row.shape[2] for row in rows)
-        padded = rows[0].new_zeros(rows[0].shape[0], len(rows), rows[0].shape[1], max(lengths), rows[0].shape[3])
+        kv_layers, heads, _, head_size = rows[0].shape
+        device, dtype = self._model.transformer.device, self._model.transformer.dtype
+        padded = torch.zeros(kv_layers, len(rows), heads, max(lengths), head_size, dtype=dtype, device=device)
         for index, row in enumerate(rows):
-            padded[:, index, :, : row.shape[2]] = row
-        padded = padded.to(self._model.transformer.device, self._model.transformer.dtype)
+            padded[:, index, :, : row.shape[2]] = row.to(device, non_blocking=True)
         return Prefix(tuple((padded[i], padded[i + 1]) for i in range(0, padded.shape[0], 2)), lengths)
