@@ -104,7 +104,7 @@ def split_claimed(
         The queries that are foreign to the task, and per expert how many of its queries are not.
     """
     examples = (*reconstruction.train, *reconstruction.held_out)
-    own = {example.prompt for example in examples if example.kind == "accept"}
+    own = {example.prompt for example in examples if example.is_own}
     claimed = {expert: 0 for expert, _ in queries}
     for expert, ids in queries:
         claimed[expert] += tuple(ids) in own
