@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from see_ray.models.cache import write_atomically
 
 Prompt = Sequence[int]
 T = TypeVar("T")
@@ -41,7 +42,4 @@ def digest(value: Any) -> str:
 
 def write_json(path: Path, body: Any) -> None:
     """Write a JSON file atomically: readers find all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(body, indent=1) + "\n")
