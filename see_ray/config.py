@@ -461,9 +461,22 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"cannot set {dotted}: {key} is not a section")
     try:
-        node[keys[-1]] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot read the value of {dotted}: {text!r} is not YAML") from error
+    for name in _same_setting(keys):
+        node.pop(name, None)
+    node[keys[-1]] = value
+
+
+def _same_setting(keys: list[str]) -> list[str]:
+    """The other names, old or current, of the setting `section.field`: an override replaces it under any name."""
+    section = Config.model_fields.get(keys[0])
+    if section is None or len(keys) != 2:
+        return []
+    renamed: dict[str, str] = section.annotation.renamed  # type: ignore[union-attr]
+    current = renamed.get(keys[1], keys[1])
+    return [name for name in (current, *renamed) if renamed.get(name, name) == current and name != keys[1]]
 
 
 def _describe(error: ValidationError, path: str | Path | None) -> str:

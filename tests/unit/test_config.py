@@ -383,3 +383,13 @@ def test_an_old_name_is_not_written_again(section: Any, old: Any, new: Any, valu
 
 def test_the_current_names_are_read_without_a_warning() -> None:
     load_config(None, [f"{section}.{new}={value}" for section, _, new, value in RENAMED])  # warnings are errors here
+
+
+@pytest.mark.parametrize(
+    ("in_file", "override"),
+    [("pass_tokens", "max_num_batched_tokens"), ("max_num_batched_tokens", "pass_tokens")],
+)
+@pytest.mark.filterwarnings("ignore::see_ray.config.RenamedSettingWarning")
+def test_an_override_replaces_a_setting_under_its_other_name(tmp_path: Path, in_file: str, override: str) -> None:
+    path = written(tmp_path, f"serve: {{{in_file}: 64}}")
+    assert load_config(path, [f"serve.{override}=128"]).serve.max_num_batched_tokens == 128
