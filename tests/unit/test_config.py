@@ -361,8 +361,10 @@ def test_an_old_name_in_an_override_is_read_with_a_warning(section: Any, old: An
 
 
 @pytest.mark.parametrize(("section", "old", "new", "value"), RENAMED)
-def test_the_old_and_the_new_name_together_are_refused_with_both(section: Any, old: Any, new: Any, value: Any) -> None:
-    message = refusal(overrides=[f"{section}.{old}={value}", f"{section}.{new}={value}"])
+def test_the_old_and_the_new_name_together_in_a_file_are_refused_with_both(
+    tmp_path: Path, section: Any, old: Any, new: Any, value: Any
+) -> None:
+    message = refusal(written(tmp_path, f"{section}: {{{old}: {value}, {new}: {value}}}"))
     assert f"{section}: " in message
     assert f"{old} is the old name of {new}" in message
 
