@@ -10,6 +10,6 @@ def available_cpus() -> int:
     rounded up) and, where set, `$LOKY_MAX_CPU_COUNT`. `os.cpu_count()` knows only the first of these: in a container
     limited to 2 of 64 CPUs it returns 64.
     """
-    from joblib import cpu_count  # type: ignore[import-untyped]
+    from joblib import cpu_count
 
     return max(1, int(cpu_count()))

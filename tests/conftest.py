@@ -16,12 +16,23 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from see_ray.cli.main import main
 from see_ray.data.demo_tasks import DemoTask, demo_tasks, general_questions
+
+if TYPE_CHECKING:
+    from see_ray.config import Config
+    from see_ray.engine.engine import EmbeddedEngine
+    from see_ray.models.base_model import BaseModel
+    from see_ray.store.records import Manifest
+
+See = Callable[..., tuple[int, str, str]]
+"""What the fixture `see` gives."""
+SeeProcess = Callable[..., subprocess.CompletedProcess[str]]
+"""What the fixture `see_process` gives."""
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +59,7 @@ if os.environ.get("SEE_TEST_ENGINE") == "vllm":
 
 
 @pytest.fixture
-def see(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def see(capfd: pytest.CaptureFixture[str]) -> See:
     """Runs `see` in this process; gives exit code, stdout and stderr."""
 
     def run(*args: str) -> tuple[int, str, str]:
@@ -64,7 +75,7 @@ def see(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]
 
 
 @pytest.fixture
-def see_process() -> Callable[..., subprocess.CompletedProcess[str]]:
+def see_process() -> SeeProcess:
     """Runs `see` in a process of its own."""
 
     def run(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -100,7 +111,7 @@ def fast_settings() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory, general_file: Path) -> Any:
+def config(tmp_path_factory: pytest.TempPathFactory, general_file: Path) -> Config:
     """Settings for fast fits, with a store and a port of their own."""
     from see_ray.config import load_config
 
@@ -143,12 +154,14 @@ def task_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[DemoTask, i
 class Fitted:
     """Experts in the store: `live` ones in order of arrival, and `spare` ones that were only fitted."""
 
-    live: list[Any]
-    spare: dict[str, Any]
+    live: list[Manifest]
+    spare: dict[str, Manifest]
 
 
 @pytest.fixture(scope="session")
-def experts(config: Any, ray_here: None, tasks: dict[str, DemoTask], task_file: Callable[..., Path]) -> Fitted:
+def experts(
+    config: Config, ray_here: None, tasks: dict[str, DemoTask], task_file: Callable[[DemoTask, int], Path]
+) -> Fitted:
     """tickets and dates, adapted from the last prompt token on; `upper`, adapted from the whole
     generation prompt on (PEFT's own aLoRA), fitted but not live.
 
@@ -172,7 +185,7 @@ def experts(config: Any, ray_here: None, tasks: dict[str, DemoTask], task_file: 
 
 
 @pytest.fixture(scope="session")
-def endpoint(config: Any, experts: Fitted) -> Iterator[str]:
+def endpoint(config: Config, experts: Fitted) -> Iterator[str]:
     """URL of a live endpoint with the experts tickets and dates."""
     from see_ray.serving import endpoint
 
@@ -181,21 +194,21 @@ def endpoint(config: Any, experts: Fitted) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def base(config: Any) -> Any:
+def base(config: Config) -> BaseModel:
     from see_ray.models.base_model import find
 
     return find(config.base_model)
 
 
 @pytest.fixture(scope="session")
-def tokenizer(base: Any) -> Any:
+def tokenizer(base: BaseModel) -> Any:
     from see_ray.models.base_model import load_tokenizer
 
     return load_tokenizer(base)
 
 
 @pytest.fixture(scope="session")
-def engine(config: Any, base: Any, experts: Fitted) -> Any:
+def engine(config: Config, base: BaseModel, experts: Fitted) -> EmbeddedEngine:
     """An engine in this process with all three experts."""
     from see_ray.engine.engine import EmbeddedEngine
     from see_ray.engine.interface import Expert

@@ -6,7 +6,7 @@ is held back until it is decided.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -33,8 +33,8 @@ class TextChunk:
 
 
 async def detokenize(
-    tokens: AsyncIterator[Token], tokenizer: Any, max_tokens: int, stop: Sequence[str] = ()
-) -> AsyncIterator[TextChunk]:
+    tokens: AsyncGenerator[Token, None], tokenizer: Any, max_tokens: int, stop: Sequence[str] = ()
+) -> AsyncGenerator[TextChunk, None]:
     """Tokens as chunks of text; the last one carries the finish reason.
 
     Args:
@@ -63,11 +63,11 @@ async def detokenize(
                 yield TextChunk(held[:ready], num_tokens, tokens=tuple(new_tokens))
                 held, new_tokens = held[ready:], []
     finally:
-        await tokens.aclose()  # type: ignore[attr-defined]
+        await tokens.aclose()
     yield TextChunk(held, num_tokens, "length" if num_tokens >= max_tokens else "stop", tuple(new_tokens))
 
 
-async def coalesce_after_first(chunks: AsyncIterator[TextChunk]) -> AsyncIterator[TextChunk]:
+async def coalesce_after_first(chunks: AsyncGenerator[TextChunk, None]) -> AsyncGenerator[TextChunk, None]:
     """The first chunk as it comes, and all others as one.
 
     For answers that are not streamed: two messages between processes instead of one per token.
@@ -76,7 +76,7 @@ async def coalesce_after_first(chunks: AsyncIterator[TextChunk]) -> AsyncIterato
         yield await anext(chunks)
         rest = [chunk async for chunk in chunks]
     finally:
-        await chunks.aclose()  # type: ignore[attr-defined]
+        await chunks.aclose()
     if rest:
         tokens = tuple(token for chunk in rest for token in chunk.tokens)
         yield TextChunk("".join(chunk.text for chunk in rest), rest[-1].num_tokens, rest[-1].finish_reason, tokens)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -179,7 +179,7 @@ class EmbeddedEngine:
                 decisions[index] = p_accept
         return decisions
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Token]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Token, None]:
         """Tokens of an answer, one by one, without the end-of-turn token.
 
         An expert's answer starts after its accept indicator, as it was fitted.

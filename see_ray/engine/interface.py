@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
@@ -115,7 +115,7 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Token]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Token, None]:
         """The tokens of an answer, one by one, without an end-of-turn token. An expert's follow its accept
         indicator, which is not among them."""
         ...

@@ -8,7 +8,7 @@ TextChunk of each answer ──► choice_chunks ──┐
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -172,7 +172,7 @@ class AnswerStream:
             **self._head,
         )
 
-    async def events(self, include_usage: bool) -> AsyncIterator[str]:
+    async def events(self, include_usage: bool) -> AsyncGenerator[str, None]:
         """The response as server-sent events. A failure is the last event before the end of the stream."""
         num_tokens: dict[int, int] = {}  # by answer
         try:

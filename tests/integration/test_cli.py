@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvicorn
@@ -25,6 +25,9 @@ from see_ray.routing.chain import Decision, Trace
 from see_ray.serving.api_keys import ApiKeys
 from see_ray.serving.openai_requests import ChatRequest, RouteRequest, parse, parse_model
 from see_ray.serving.openai_responses import SSE_DONE, Choice, Head, chat_body, chat_chunk, error_body, sse, usage_body
+
+if TYPE_CHECKING:
+    from tests.conftest import See, SeeProcess
 
 HERE = Path(__file__).parents[2]
 KEY = "schlüssel"
@@ -41,7 +44,7 @@ def start_process(*args: str) -> subprocess.Popen[str]:
     )
 
 
-def test_serving_to_other_machines_needs_a_key(see_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serving_to_other_machines_needs_a_key(see_process: SeeProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEE_API_KEY", raising=False)
     done = see_process("serve", "--host", "0.0.0.0")
     assert done.returncode == 1
@@ -128,7 +131,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("key")
 @pytest.mark.parametrize("option", [[], ["--no-stream"]])
-def test_ask_prints_the_answer_and_then_the_trace(see: Any, url: str, option: Any) -> None:
+def test_ask_prints_the_answer_and_then_the_trace(see: See, url: str, option: Any) -> None:
     code, out, err = see("ask", "grüß dich", "--url", url, *option)
     assert (code, out) == (0, "You said: grüß dich\n")
     assert err.splitlines() == [
@@ -141,12 +144,12 @@ def test_ask_prints_the_answer_and_then_the_trace(see: Any, url: str, option: An
 
 
 @pytest.mark.usefixtures("key")
-def test_ask_tells_when_the_answer_was_cut_off(see: Any, url: str) -> None:
+def test_ask_tells_when_the_answer_was_cut_off(see: See, url: str) -> None:
     assert "cut off" in see("ask", "hi", "--url", url, "--max-tokens", "2")[2]
 
 
 @pytest.mark.usefixtures("key")
-def test_ask_reads_its_prompt_from_stdin(see_process: Any, url: str) -> None:
+def test_ask_reads_its_prompt_from_stdin(see_process: SeeProcess, url: str) -> None:
     done = see_process("ask", "-", "--url", f"{url}/v1/", input="from\nstdin\n")
     assert (done.returncode, done.stdout) == (0, "You said: from\nstdin\n")
 
@@ -161,7 +164,7 @@ def test_ask_reads_its_prompt_from_stdin(see_process: Any, url: str) -> None:
         ("break off", "broke off the answer; see the log of `see serve`\n"),
     ],
 )
-def test_what_the_endpoint_says_is_the_error(see: Any, url: str, prompt: str, message: str) -> None:
+def test_what_the_endpoint_says_is_the_error(see: See, url: str, prompt: str, message: str) -> None:
     code, _, err = see("ask", prompt, "--url", url)
     assert code == 1
     assert message in err
@@ -169,12 +172,12 @@ def test_what_the_endpoint_says_is_the_error(see: Any, url: str, prompt: str, me
 
 
 @pytest.mark.usefixtures("key")
-def test_an_unknown_model_is_the_endpoints_error(see: Any, url: str) -> None:
+def test_an_unknown_model_is_the_endpoints_error(see: See, url: str) -> None:
     code, _, err = see("ask", "hi", "--url", url, "--model", "gpt")
     assert (code, err) == (1, "error: the model 'gpt' does not exist; GET /v1/models lists the model ids\n")
 
 
-def test_a_missing_key_says_how_to_give_one(see: Any, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key_says_how_to_give_one(see: See, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEE_API_KEY", raising=False)
     code, _, err = see("ask", "hi", "--url", url)
     assert code == 1
@@ -182,7 +185,7 @@ def test_a_missing_key_says_how_to_give_one(see: Any, url: str, monkeypatch: pyt
     assert see("ask", "hi", "--url", url, "--api-key", KEY)[0] == 0
 
 
-def test_route_prints_the_trace(see: Any, url: str) -> None:
+def test_route_prints_the_trace(see: See, url: str) -> None:
     code, out, err = see("route", "hi", "--url", url)
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "answered by sa: accepted (sequence version 7, 27.3 ms)"
@@ -191,7 +194,7 @@ def test_route_prints_the_trace(see: Any, url: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["ask", "route"])
-def test_a_closed_port_says_how_to_start_an_endpoint(see: Any, command: str) -> None:
+def test_a_closed_port_says_how_to_start_an_endpoint(see: See, command: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     code, _, err = see(command, "hi", "--url", f"http://127.0.0.1:{port}")
@@ -201,14 +204,14 @@ def test_a_closed_port_says_how_to_start_an_endpoint(see: Any, command: str) -> 
 
 
 @pytest.mark.parametrize("wrong", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://127.0.0.1:port", ""])
-def test_a_wrong_url_says_how_to_write_one(see: Any, wrong: str) -> None:
+def test_a_wrong_url_says_how_to_write_one(see: See, wrong: str) -> None:
     code, _, err = see("route", "hi", "--url", wrong)
     assert code == 1
     assert "write it as http://host:port" in err
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
-    see: Any, url: str, monkeypatch: pytest.MonkeyPatch
+    see: See, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     assert see("route", "hi", "--url", url)[0] == 0
@@ -229,6 +232,7 @@ def test_the_client_raises_our_errors(url: str) -> None:
 @pytest.mark.usefixtures("key")
 def test_control_c_is_exit_code_130(url: str) -> None:
     with start_process("ask", "hang", "--url", url) as process:
+        assert process.stdout is not None
         assert process.stdout.read(3) == "You"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=10)
@@ -239,6 +243,8 @@ def test_control_c_is_exit_code_130(url: str) -> None:
 @pytest.mark.usefixtures("key")
 def test_a_broken_pipe_is_quiet(url: str) -> None:
     with start_process("ask", "go on", "--url", url) as process:
+        assert process.stdout is not None
         assert process.stdout.read(3) == "You"
         process.stdout.close()
+        assert process.stderr is not None
         assert process.stderr.read() == ""

@@ -7,19 +7,24 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from see_ray.data.demo_tasks import general_questions
+from see_ray.config import Config
+from see_ray.data.demo_tasks import DemoTask, general_questions
 from see_ray.engine.engine import EmbeddedEngine
 from see_ray.engine.interface import Expert, GenerateRequest, SamplingParams
 from see_ray.errors import ServingError
 from see_ray.models.activation import encode_prompt
-from see_ray.models.base_model import load_model
+from see_ray.models.base_model import BaseModel, load_model
 from see_ray.store.expert_store import ExpertStore
+
+if TYPE_CHECKING:
+    from tests.conftest import Fitted
 
 
 def ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -30,21 +35,23 @@ def request(prompt: list[int], expert: str | None, count: int, **sampling: Any) 
     return GenerateRequest(tuple(prompt), expert, SamplingParams(count, **sampling))
 
 
-async def answer(engine: Any, prompt: list[int], expert: str | None, count: int = 12, **sampling: Any) -> list[int]:
+async def answer(
+    engine: EmbeddedEngine, prompt: list[int], expert: str | None, count: int = 12, **sampling: Any
+) -> list[int]:
     return [token.id async for token in engine.generate(request(prompt, expert, count, **sampling))]
 
 
-def decide(engine: Any, prompt: list[int], experts: list[str]) -> list[float]:
+def decide(engine: EmbeddedEngine, prompt: list[int], experts: list[str]) -> list[float]:
     return asyncio.run(engine.decide(prompt, experts))
 
 
-def logits(engine: Any, prompt: list[int], expert: str, adapted: bool = True) -> torch.Tensor:
+def logits(engine: EmbeddedEngine, prompt: list[int], expert: str, adapted: bool = True) -> torch.Tensor:
     loaded = engine._scheduler.experts[expert]
     return engine._runner.prompt_logits(prompt, loaded, loaded.adapter if adapted else 0)
 
 
 @pytest.fixture(scope="module")
-def peft_upper(config: Any, base: Any, experts: Any) -> Any:
+def peft_upper(config: Config, base: BaseModel, experts: Fitted) -> Any:
     """The expert `upper` as PEFT alone loads it: an aLoRA on the plain base model."""
     from peft import PeftModel
 
@@ -53,16 +60,16 @@ def peft_upper(config: Any, base: Any, experts: Any) -> Any:
 
 
 @pytest.fixture
-def contacts(tasks: Any, tokenizer: Any) -> list[list[int]]:
+def contacts(tasks: dict[str, DemoTask], tokenizer: Any) -> list[list[int]]:
     return [ids(tokenizer, row["prompt"]) for row in tasks["contacts"].test[:6]]
 
 
-def test_peft_reads_where_an_alora_adapter_is_activated(peft_upper: Any, experts: Any) -> None:
+def test_peft_reads_where_an_alora_adapter_is_activated(peft_upper: Any, experts: Fitted) -> None:
     settings = peft_upper.peft_config["default"]
     assert settings.alora_invocation_tokens == list(experts.spare["upper"].generation_prompt)
 
 
-def test_an_adapter_that_peft_cannot_activate_alike_is_plain_lora_to_it(config: Any, experts: Any) -> None:
+def test_an_adapter_that_peft_cannot_activate_alike_is_plain_lora_to_it(config: Config, experts: Fitted) -> None:
     from peft import PeftConfig
 
     for manifest in experts.live:
@@ -71,7 +78,7 @@ def test_an_adapter_that_peft_cannot_activate_alike_is_plain_lora_to_it(config: 
 
 
 def test_decision_logits_are_those_of_pefts_alora_on_the_whole_text(
-    engine: Any, peft_upper: Any, experts: Any, contacts: list[list[int]]
+    engine: EmbeddedEngine, peft_upper: Any, experts: Fitted, contacts: list[list[int]]
 ) -> None:
     indicators = list(experts.spare["upper"].indicator_tokens)
     for prompt in contacts:
@@ -81,14 +88,16 @@ def test_decision_logits_are_those_of_pefts_alora_on_the_whole_text(
         assert torch.allclose(ours, theirs, atol=2e-3)
 
 
-def test_the_base_model_alone_would_decide_otherwise(engine: Any, experts: Any, contacts: list[list[int]]) -> None:
+def test_the_base_model_alone_would_decide_otherwise(
+    engine: EmbeddedEngine, experts: Fitted, contacts: list[list[int]]
+) -> None:
     indicators = list(experts.spare["upper"].indicator_tokens)
     base, adapted = (logits(engine, contacts[0], "upper", adapted)[indicators] for adapted in (False, True))
     assert not torch.allclose(base, adapted, atol=1.0)
 
 
 def test_answers_are_pefts_greedy_answers(
-    engine: Any, peft_upper: Any, experts: Any, contacts: list[list[int]]
+    engine: EmbeddedEngine, peft_upper: Any, experts: Fitted, contacts: list[list[int]]
 ) -> None:
     accept = experts.spare["upper"].indicator_tokens[0]
     for prompt in contacts[:3]:
@@ -98,7 +107,9 @@ def test_answers_are_pefts_greedy_answers(
         assert asyncio.run(answer(engine, prompt, "upper")) == theirs
 
 
-def test_the_generalist_answers_as_the_base_model_does(engine: Any, base: Any, config: Any, tokenizer: Any) -> None:
+def test_the_generalist_answers_as_the_base_model_does(
+    engine: EmbeddedEngine, base: BaseModel, config: Config, tokenizer: Any
+) -> None:
     prompt = ids(tokenizer, "What is the capital of France?")
     model = load_model(base, config.base_model)
     theirs = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
@@ -106,7 +117,7 @@ def test_the_generalist_answers_as_the_base_model_does(engine: Any, base: Any, c
     assert asyncio.run(answer(engine, prompt, None)) == expected
 
 
-def test_deciding_together_is_deciding_alone(engine: Any, contacts: list[list[int]]) -> None:
+def test_deciding_together_is_deciding_alone(engine: EmbeddedEngine, contacts: list[list[int]]) -> None:
     names = ["tickets", "dates", "upper"]
     for prompt in contacts:
         together = decide(engine, prompt, names)
@@ -114,13 +125,17 @@ def test_deciding_together_is_deciding_alone(engine: Any, contacts: list[list[in
         assert together == pytest.approx(alone, abs=1e-4)
 
 
-def test_deciding_in_batches_is_deciding_one_by_one(engine: Any, tokenizer: Any, mixed_queries: Any) -> None:
+def test_deciding_in_batches_is_deciding_one_by_one(
+    engine: EmbeddedEngine, tokenizer: Any, mixed_queries: Sequence[str]
+) -> None:
     prompts = [ids(tokenizer, text) for text in mixed_queries[::17]]
     one_by_one = [decide(engine, prompt, ["dates"])[0] for prompt in prompts]
     assert engine.decide_batch(prompts, "dates", max_num_batched_tokens=400) == pytest.approx(one_by_one, abs=1e-4)
 
 
-def test_experts_know_their_own_from_what_they_were_shown(engine: Any, tokenizer: Any, tasks: Any) -> None:
+def test_experts_know_their_own_from_what_they_were_shown(
+    engine: EmbeddedEngine, tokenizer: Any, tasks: dict[str, DemoTask]
+) -> None:
     """Held-out rows; dates was shown tickets as rehearsal, tickets only general questions."""
     foreign = {"dates": [row["prompt"] for row in tasks["tickets"].test[:10]], "tickets": general_questions()[-10:]}
     for name, others in foreign.items():
@@ -130,7 +145,7 @@ def test_experts_know_their_own_from_what_they_were_shown(engine: Any, tokenizer
         assert above >= 0.95 * len(own) * len(passed_on)
 
 
-def test_a_seed_repeats_a_sampled_answer(engine: Any, tokenizer: Any) -> None:
+def test_a_seed_repeats_a_sampled_answer(engine: EmbeddedEngine, tokenizer: Any) -> None:
     prompt = ids(tokenizer, "Tell me a story.")
     first, again, other = (
         asyncio.run(answer(engine, prompt, None, 10, temperature=1.0, seed=seed)) for seed in (3, 3, 4)
@@ -138,7 +153,7 @@ def test_a_seed_repeats_a_sampled_answer(engine: Any, tokenizer: Any) -> None:
     assert first == again != other
 
 
-def test_ignore_eos_continues_behind_the_end(engine: Any, tokenizer: Any) -> None:
+def test_ignore_eos_continues_behind_the_end(engine: EmbeddedEngine, tokenizer: Any) -> None:
     prompt = ids(tokenizer, "Answer with the single word yes.")
     ended = asyncio.run(answer(engine, prompt, None, 200))
     assert len(ended) < 200, "this answer was to end by itself"
@@ -149,14 +164,14 @@ def test_ignore_eos_continues_behind_the_end(engine: Any, tokenizer: Any) -> Non
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
-def test_only_the_worker_thread_is_nice(base: Any, config: Any) -> None:
+def test_only_the_worker_thread_is_nice(base: BaseModel, config: Config) -> None:
     engine = EmbeddedEngine(base, config.base_model, nice=3)
     own = os.getpriority(os.PRIO_PROCESS, 0)
     assert engine._on_thread(lambda: os.getpriority(os.PRIO_PROCESS, 0)) == own + 3
     assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
-def test_a_process_with_the_model_does_not_hold_scikit_learn(base: Any) -> None:
+def test_a_process_with_the_model_does_not_hold_scikit_learn(base: BaseModel) -> None:
     """It would hold pandas and scipy, too: 80 MB for each replica."""
     code = (
         "import sys\nfrom see_ray.models.base_model import find, load_model, load_tokenizer\n"
@@ -167,7 +182,7 @@ def test_a_process_with_the_model_does_not_hold_scikit_learn(base: Any) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_requests_take_turns(engine: Any, tokenizer: Any) -> None:
+def test_requests_take_turns(engine: EmbeddedEngine, tokenizer: Any) -> None:
     async def both() -> list[str]:
         order: list[str] = []
 
@@ -193,13 +208,16 @@ MIXED = [
 
 
 def test_answers_of_all_experts_run_together_and_are_as_each_alone(
-    engine: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    engine: EmbeddedEngine, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[int] = []  # answers of each step
     forward = engine._runner.forward
-    monkeypatch.setattr(
-        engine._runner, "forward", lambda chunks, steps: (decoded.append(len(steps)), forward(chunks, steps))
-    )
+
+    def counted(chunks: Any, steps: Any) -> None:
+        decoded.append(len(steps))
+        forward(chunks, steps)
+
+    monkeypatch.setattr(engine._runner, "forward", counted)
     alone = [asyncio.run(answer(engine, ids(tokenizer, text), who, 12)) for text, who in MIXED]
     steps_alone = len(decoded)
     decoded.clear()
@@ -213,7 +231,7 @@ def test_answers_of_all_experts_run_together_and_are_as_each_alone(
 
 
 def test_a_long_prompt_is_prefilled_beside_a_running_answer(
-    engine: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    engine: EmbeddedEngine, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In chunks, with the same decision as at once."""
     prompt = ids(tokenizer, "My parcel has not arrived. " * 40)
@@ -243,7 +261,7 @@ def test_a_long_prompt_is_prefilled_beside_a_running_answer(
     assert order.index("decision") > 1
 
 
-def test_prompts_that_begin_alike_are_prefilled_once(engine: Any, tokenizer: Any) -> None:
+def test_prompts_that_begin_alike_are_prefilled_once(engine: EmbeddedEngine, tokenizer: Any) -> None:
     story = "Once upon a time there was a king who had three daughters. " * 4
     first, second = (ids(tokenizer, story + end) for end in ("Who was the king?", "How many daughters were there?"))
     decide(engine, first, ["dates"])
@@ -255,9 +273,9 @@ def test_prompts_that_begin_alike_are_prefilled_once(engine: Any, tokenizer: Any
     assert after["num_tokens"] - before["num_tokens"] == len(second) - 1 - found + 1  # and a row: the last token
 
 
-def test_a_decision_with_fallback_saves_the_answers_first_step(engine: Any, tokenizer: Any) -> None:
+def test_a_decision_with_fallback_saves_the_answers_first_step(engine: EmbeddedEngine, tokenizer: Any) -> None:
     """All experts also run their indicators then, which takes tokens but no step."""
-    counts: dict[bool, list[int]] = {False: [], True: []}
+    counts: dict[bool, list[float]] = {False: [], True: []}
 
     async def decide_and_answer(prompt: Any, follows: Any) -> None:
         await engine.decide(prompt, ["dates", "tickets"], fallback=follows)
@@ -274,7 +292,7 @@ def test_a_decision_with_fallback_saves_the_answers_first_step(engine: Any, toke
 
 
 def test_an_answer_for_which_there_is_no_room_waits(
-    engine: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    engine: EmbeddedEngine, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from see_ray.engine.kv_cache import KVCache
 
@@ -285,9 +303,12 @@ def test_an_answer_for_which_there_is_no_room_waits(
         monkeypatch.setattr(owner, "kv_cache", kv_cache)
     decoded: list[int] = []  # answers of each step
     forward = engine._runner.forward
-    monkeypatch.setattr(
-        engine._runner, "forward", lambda chunks, steps: (decoded.append(len(steps)), forward(chunks, steps))
-    )
+
+    def counted(chunks: Any, steps: Any) -> None:
+        decoded.append(len(steps))
+        forward(chunks, steps)
+
+    monkeypatch.setattr(engine._runner, "forward", counted)
 
     async def five() -> list[list[int]]:
         return await asyncio.gather(*(answer(engine, prompt, None, 20) for _ in range(5)))
@@ -297,7 +318,7 @@ def test_an_answer_for_which_there_is_no_room_waits(
 
 
 def test_an_answer_that_can_never_have_room_is_refused_with_the_setting(
-    engine: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    engine: EmbeddedEngine, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from see_ray.engine.kv_cache import KVCache
 
@@ -306,7 +327,9 @@ def test_an_answer_that_can_never_have_room_is_refused_with_the_setting(
         asyncio.run(answer(engine, ids(tokenizer, "Write a poem."), None, 600))
 
 
-def test_logprobs_are_those_of_the_model(engine: Any, base: Any, config: Any, tokenizer: Any) -> None:
+def test_logprobs_are_those_of_the_model(
+    engine: EmbeddedEngine, base: BaseModel, config: Config, tokenizer: Any
+) -> None:
     prompt = ids(tokenizer, "What is the capital of France?")
 
     async def first() -> Any:
@@ -321,7 +344,9 @@ def test_logprobs_are_those_of_the_model(engine: Any, base: Any, config: Any, to
     assert [number for number, _ in token.top] == expected.topk(3).indices.tolist()
 
 
-def test_experts_that_come_and_go_do_not_stop_an_answer(engine: Any, experts: Any, config: Any, tokenizer: Any) -> None:
+def test_experts_that_come_and_go_do_not_stop_an_answer(
+    engine: EmbeddedEngine, experts: Fitted, config: Config, tokenizer: Any
+) -> None:
     from see_ray.store.expert_files import activation_of_manifest
 
     manifest = experts.live[0]
@@ -349,7 +374,7 @@ def test_experts_that_come_and_go_do_not_stop_an_answer(engine: Any, experts: An
 
 
 def test_a_decision_continues_from_the_prefix_of_another_engine(
-    engine: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    engine: EmbeddedEngine, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = ids(tokenizer, "My parcel has not arrived, and nobody answers my letters.")
     arrays = asyncio.run(engine.export_prefix(prompt))
@@ -361,7 +386,7 @@ def test_a_decision_continues_from_the_prefix_of_another_engine(
     assert engine.stats()["num_tokens"] - before == 1  # the last token
 
 
-def test_an_answer_that_is_abandoned_ends(engine: Any, tokenizer: Any) -> None:
+def test_an_answer_that_is_abandoned_ends(engine: EmbeddedEngine, tokenizer: Any) -> None:
     async def give_up() -> None:
         stream = engine.generate(request(ids(tokenizer, "Write a poem about rain."), None, 1000))
         await anext(stream)
@@ -375,7 +400,9 @@ def test_an_answer_that_is_abandoned_ends(engine: Any, tokenizer: Any) -> None:
     asyncio.run(give_up())
 
 
-def test_a_long_answer_is_as_transformers_writes_it(engine: Any, config: Any, base: Any, tokenizer: Any) -> None:
+def test_a_long_answer_is_as_transformers_writes_it(
+    engine: EmbeddedEngine, config: Config, base: BaseModel, tokenizer: Any
+) -> None:
     prompt = ids(tokenizer, "Count from one to one hundred.")
     model = load_model(base, config.base_model)
     theirs = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=150, do_sample=False)[0, len(prompt) :]
@@ -383,7 +410,7 @@ def test_a_long_answer_is_as_transformers_writes_it(engine: Any, config: Any, ba
     assert ours == [token for token in theirs.tolist() if token not in engine.eos]
 
 
-def test_cached_prompts_are_bounded(engine: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_prompts_are_bounded(engine: EmbeddedEngine, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine._prefix_cache, "capacity", 100)
     for number in range(8):
         decide(engine, ids(tokenizer, f"Question number {number}"), ["dates"])
@@ -392,7 +419,7 @@ def test_cached_prompts_are_bounded(engine: Any, tokenizer: Any, monkeypatch: py
 
 
 def test_a_full_form_expert_applies_to_the_whole_prompt(
-    engine: Any, experts: Any, config: Any, base: Any, tokenizer: Any
+    engine: EmbeddedEngine, experts: Fitted, config: Config, base: BaseModel, tokenizer: Any
 ) -> None:
     """The same weights applied from the first token on decide as PEFT's plain LoRA does."""
     from peft import PeftModel
@@ -414,7 +441,9 @@ def test_a_full_form_expert_applies_to_the_whole_prompt(
         engine.unload("everywhere")
 
 
-def test_an_adapter_that_changes_nothing_is_refused(engine: Any, config: Any, experts: Any, tmp_path: Path) -> None:
+def test_an_adapter_that_changes_nothing_is_refused(
+    engine: EmbeddedEngine, config: Config, experts: Fitted, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     from see_ray.store.expert_files import activation_of_manifest
@@ -428,7 +457,9 @@ def test_an_adapter_that_changes_nothing_is_refused(engine: Any, config: Any, ex
         engine.load(Expert("null", tmp_path, activation_of_manifest(manifest)))
 
 
-def test_an_adapter_for_another_model_is_refused(engine: Any, config: Any, experts: Any, tmp_path: Path) -> None:
+def test_an_adapter_for_another_model_is_refused(
+    engine: EmbeddedEngine, config: Config, experts: Fitted, tmp_path: Path
+) -> None:
     from safetensors.torch import save_file
 
     from see_ray.store.expert_files import activation_of_manifest
@@ -443,6 +474,6 @@ def test_an_adapter_for_another_model_is_refused(engine: Any, config: Any, exper
         engine.load(Expert("foreign", tmp_path, activation_of_manifest(manifest)))
 
 
-def test_an_unknown_expert_is_an_error_not_the_base_model(engine: Any, contacts: list[list[int]]) -> None:
+def test_an_unknown_expert_is_an_error_not_the_base_model(engine: EmbeddedEngine, contacts: list[list[int]]) -> None:
     with pytest.raises(ServingError, match="no expert nobody"):
         decide(engine, contacts[0], ["nobody"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from see_ray.config import Config
+from see_ray.data.demo_tasks import DemoTask
 from see_ray.data.general_queries import read_general_file
-from see_ray.data.reconstruct import Example, reconstruct
+from see_ray.data.reconstruct import Example, Kind, reconstruct
 from see_ray.data.task import SplitOptions, read_task
 from see_ray.errors import FitError
 from see_ray.fit.launch import fit_expert
@@ -18,6 +21,7 @@ from see_ray.fit.report import Progress
 from see_ray.fit.spec import FitSpec
 from see_ray.fit.status import FitListener
 from see_ray.models.activation import activation_of
+from see_ray.models.base_model import BaseModel
 
 TOLERANCE = 0.02
 """Largest difference of P(accept) between fits that differ only in how sums are ordered."""
@@ -42,7 +46,13 @@ class Recorder(FitListener):
 
 
 @pytest.fixture(scope="module")
-def prepared(config: Any, tokenizer: Any, tasks: Any, task_file: Any, general_file: Path) -> Any:
+def prepared(
+    config: Config,
+    tokenizer: Any,
+    tasks: dict[str, DemoTask],
+    task_file: Callable[[DemoTask, int], Path],
+    general_file: Path,
+) -> Any:
     """21 accept and 16 pass examples: neither divides by the workers or by the batch."""
     task = read_task(task_file(tasks["dates"], 24), split=SplitOptions(eval_share=0.1))
     activation = activation_of(tokenizer, config.base_model, config.fit)
@@ -52,24 +62,25 @@ def prepared(config: Any, tokenizer: Any, tasks: Any, task_file: Any, general_fi
 
 @pytest.fixture(scope="module")
 def fit(
-    config: Any,
+    config: Config,
     ray_here: None,
-    base: Any,
+    base: BaseModel,
     prepared: Any,
     tokenizer: Any,
-    tasks: Any,
+    tasks: dict[str, DemoTask],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
     """Fits with changed settings; returns the folder and what fit_expert returned."""
     from see_ray.models.activation import encode_prompt
 
     activation, reconstruction = prepared
+    kinds: list[tuple[str, tuple[int, ...], Kind]] = [
+        ("dates", (activation.accept, 42, 43), "accept"),
+        ("tickets", (activation.refuse,), "rehearsal"),
+    ]
     held_out = [
         Example(tuple(encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])), target, kind, name)
-        for name, target, kind in (
-            ("dates", (activation.accept, 42, 43), "accept"),
-            ("tickets", (activation.refuse,), "rehearsal"),
-        )
+        for name, target, kind in kinds
         for row in tasks[name].test[:8]
     ]
 
@@ -103,7 +114,7 @@ def test_held_out_decisions_tell_own_from_foreign(one_worker: Any) -> None:
 
 
 def test_the_adapter_is_compared_with_the_base_model_alone(
-    one_worker: Any, base: Any, config: Any, tokenizer: Any, tasks: Any
+    one_worker: Any, base: BaseModel, config: Config, tokenizer: Any, tasks: dict[str, DemoTask]
 ) -> None:
     import torch
 
@@ -223,7 +234,7 @@ def test_a_loss_that_is_not_finite_stops_the_fit(fit: Any) -> None:
         fit("nan", learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0)
 
 
-def test_out_of_memory_says_what_is_needed_and_which_settings_change_it(config: Any, base: Any) -> None:
+def test_out_of_memory_says_what_is_needed_and_which_settings_change_it(config: Config, base: BaseModel) -> None:
     from see_ray.fit.memory import out_of_memory_message
 
     message = out_of_memory_message(MemoryError("no room for 9 GB"), config.base_model, 1000, config.fit)
@@ -234,7 +245,7 @@ def test_out_of_memory_says_what_is_needed_and_which_settings_change_it(config: 
         assert setting in message
 
 
-def test_a_target_module_that_does_not_exist_is_named(base: Any, config: Any) -> None:
+def test_a_target_module_that_does_not_exist_is_named(base: BaseModel, config: Config) -> None:
     from see_ray.fit.peft_adapter import with_adapter
     from see_ray.models.base_model import load_model
 

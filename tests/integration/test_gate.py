@@ -9,7 +9,8 @@ import pytest
 from see_ray.admission.calibrate import calibrate
 from see_ray.admission.gate import Evidence, Verdict, judge
 from see_ray.config import GateConfig
-from see_ray.data.demo_tasks import general_questions
+from see_ray.data.demo_tasks import DemoTask, general_questions
+from see_ray.engine.engine import EmbeddedEngine
 from see_ray.fit.report import Comparison
 from see_ray.models.activation import encode_prompt
 
@@ -26,7 +27,7 @@ def failed(verdict: Verdict) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def decisions(engine: Any, tokenizer: Any, tasks: Any) -> Any:
+def decisions(engine: EmbeddedEngine, tokenizer: Any, tasks: dict[str, DemoTask]) -> Any:
     """P(accept) of the expert tickets for queries of each kind."""
     texts = {name: [row["prompt"] for row in task.test[:24]] for name, task in tasks.items()}
     texts["general"] = general_questions()[-12:]

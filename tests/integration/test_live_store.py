@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from see_ray.config import Config
+from see_ray.data.demo_tasks import DemoTask
 from see_ray.engine.engine import EmbeddedEngine
 from see_ray.engine.interface import GenerateRequest, SamplingParams
 from see_ray.errors import ConfigError, TaskError
@@ -18,11 +20,14 @@ from see_ray.progress import Listener
 from see_ray.routing.chain import GENERALIST, ChainEntry, walk
 from see_ray.store.expert_store import ExpertStore
 
+if TYPE_CHECKING:
+    from tests.conftest import Fitted
+
 ROWS, TOKENS = 4, 6
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory, tasks: Any) -> dict[str, str]:
+def sources(tmp_path_factory: pytest.TempPathFactory, tasks: dict[str, DemoTask]) -> dict[str, str]:
     """Test rows of the demo's tasks as files: two that were learned, one that is nobody's."""
     folder = tmp_path_factory.mktemp("sources")
     for name, task in tasks.items():
@@ -37,7 +42,7 @@ def evaluation(sources: dict[str, str]) -> EvalConfig:
 
 
 @pytest.fixture(scope="module")
-def found(evaluation: EvalConfig, config: Any, experts: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def found(evaluation: EvalConfig, config: Config, experts: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("eval")
     return evaluate(evaluation, config, folder, Listener()), folder
 
@@ -60,7 +65,7 @@ async def answered(engine: EmbeddedEngine, tokenizer: Any, prompt: str, links: l
 
 
 async def test_every_row_of_r_is_that_of_asking_one_after_another(
-    found: Any, engine: Any, tokenizer: Any, tasks: Any, experts: Any
+    found: Any, engine: EmbeddedEngine, tokenizer: Any, tasks: dict[str, DemoTask], experts: Fitted
 ) -> None:
     result, _ = found
     links = [ChainEntry(manifest.name, manifest.threshold) for manifest in experts.live]
@@ -77,7 +82,7 @@ async def test_every_row_of_r_is_that_of_asking_one_after_another(
 
 
 async def test_queries_of_nobody_are_routed_and_not_scored(
-    found: Any, engine: Any, tokenizer: Any, tasks: Any, experts: Any
+    found: Any, engine: EmbeddedEngine, tokenizer: Any, tasks: dict[str, DemoTask], experts: Fitted
 ) -> None:
     result, _ = found
     links = [ChainEntry(manifest.name, manifest.threshold) for manifest in reversed(experts.live)]
@@ -87,7 +92,7 @@ async def test_queries_of_nobody_are_routed_and_not_scored(
     assert set(result.scores[0]) == {"tickets", "dates"}
 
 
-def test_what_was_asked_is_not_asked_again(found: Any, evaluation: EvalConfig, config: Any) -> None:
+def test_what_was_asked_is_not_asked_again(found: Any, evaluation: EvalConfig, config: Config) -> None:
     result, folder = found
     before = {path: path.stat().st_mtime_ns for path in (folder / "asked").glob("*.json")}
     assert len(before) >= 2 + 1  # decisions of two experts, answers of at least the generalist
@@ -95,7 +100,7 @@ def test_what_was_asked_is_not_asked_again(found: Any, evaluation: EvalConfig, c
     assert {path: path.stat().st_mtime_ns for path in (folder / "asked").glob("*.json")} == before
 
 
-def test_the_report_says_what_was_measured(found: Any, evaluation: EvalConfig, config: Any) -> None:
+def test_the_report_says_what_was_measured(found: Any, evaluation: EvalConfig, config: Config) -> None:
     result, folder = found
     text = report(evaluation, config, folder, Listener())
     assert f"| see | 1 | {100 * sum(result.matrix[-1]) / 2:.1f} |" in text
@@ -104,20 +109,20 @@ def test_the_report_says_what_was_measured(found: Any, evaluation: EvalConfig, c
 
 
 def test_a_task_that_was_never_learned_is_an_error_that_names_those_that_were(
-    sources: dict[str, str], config: Any, experts: Any, tmp_path: Path
+    sources: dict[str, str], config: Config, experts: Fitted, tmp_path: Path
 ) -> None:
     with pytest.raises(TaskError, match=r"never learned contacts; it learned tickets, dates.*--foreign"):
         evaluate(EvalConfig((sources["contacts"],)), config, tmp_path, Listener())
 
 
 def test_an_unknown_kind_of_score_is_an_error(
-    sources: dict[str, str], config: Any, experts: Any, tmp_path: Path
+    sources: dict[str, str], config: Config, experts: Fitted, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="cannot score tickets by bleu"):
         evaluate(EvalConfig((sources["tickets"],), metrics=(("tickets", "bleu"),)), config, tmp_path, Listener())
 
 
-def test_a_training_file_is_asked_by_its_held_out_rows_only(tmp_path: Path, config: Any) -> None:
+def test_a_training_file_is_asked_by_its_held_out_rows_only(tmp_path: Path, config: Config) -> None:
     lines = [json.dumps({"prompt": f"q{number}", "response": "r"}) for number in range(40)]
     (tmp_path / "sa.jsonl").write_text("\n".join(lines))
     (tmp_path / "sa.test.jsonl").write_text("\n".join(lines))
@@ -127,5 +132,5 @@ def test_a_training_file_is_asked_by_its_held_out_rows_only(tmp_path: Path, conf
     assert len(rows_of(str(tmp_path / "sa.test.jsonl"), config, 7)[1]) == 7
 
 
-def test_the_store_is_as_before(found: Any, config: Any, experts: Any) -> None:
+def test_the_store_is_as_before(found: Any, config: Config, experts: Fitted) -> None:
     assert [ref.id for ref in ExpertStore.open(config.store.url).head().experts] == [m.id for m in experts.live]

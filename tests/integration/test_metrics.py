@@ -85,7 +85,8 @@ def test_a_requests_id_is_in_the_log_of_every_hop(endpoint: str) -> None:
     headers = {"x-request-id": "followed-through-all-hops"}
     assert httpx.post(f"{endpoint}/v1/chat/completions", json=body, headers=headers, timeout=60).status_code == 200
     logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
-    until, found = time.monotonic() + 20, set()
+    until = time.monotonic() + 20
+    found: set[str] = set()
     while time.monotonic() < until and len(found) < 5:
         found = {path.name for path in logs.glob("*.log") if headers["x-request-id"] in path.read_text()}
         time.sleep(0.5)

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 import uvicorn
+from openai.types.chat import ChatCompletionUserMessageParam
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, StreamingResponse
@@ -36,7 +37,7 @@ from see_ray.serving.openai_responses import (
 )
 
 LIMIT = 100_000
-USER = {"role": "user", "content": "Hi"}
+USER: ChatCompletionUserMessageParam = {"role": "user", "content": "Hi"}
 
 
 HEAD = Head(id="chatcmpl-1", model="see", created=1_700_000_000)
@@ -52,7 +53,8 @@ async def answer(http: HttpRequest) -> JSONResponse | StreamingResponse:
     chunk = chat_chunk if is_chat else completion_chunk
     try:
         ApiKeys(["sk-see"]).check(http.headers.get("authorization"))
-        request = parse(ChatRequest if is_chat else CompletionRequest, await http.body(), LIMIT)
+        body = await http.body()
+        request = parse(ChatRequest, body, LIMIT) if is_chat else parse(CompletionRequest, body, LIMIT)
         parse_model(request.model)
     except RequestError as error:
         return JSONResponse(error_body(error), status_code=error.status)
@@ -109,6 +111,7 @@ def test_usage_comes_last_where_it_was_asked_for(client: openai.OpenAI) -> None:
     )
     chunks = list(stream)
     assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1].usage is not None
     assert chunks[-1].usage.total_tokens == 7
     assert chunks[-1].choices == []
 

@@ -118,7 +118,7 @@ def _worker(rank: int, world_size: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     import torch
-    from torch.multiprocessing import spawn
+    from torch.multiprocessing.spawn import spawn
 
     folder = tmp_path_factory.mktemp("states")
     collected: dict[str, Any] = {}

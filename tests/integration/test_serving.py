@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
 import pytest
 import torch
+from openai.types.chat import ChatCompletionMessageParam
 
-from see_ray.config import load_config
+from see_ray.config import Config, load_config
+from see_ray.data.demo_tasks import DemoTask
 from see_ray.errors import ServingError
 from see_ray.models.activation import encode_prompt
-from see_ray.models.base_model import load_model
-from see_ray.routing.chain import ChainEntry, walk
+from see_ray.models.base_model import BaseModel, load_model
+from see_ray.routing.chain import ChainEntry, Trace, walk
 from see_ray.serving import endpoint as endpoint_module
 from see_ray.serving.app_names import expert_app
 from see_ray.store.expert_store import ExpertStore
+
+if TYPE_CHECKING:
+    from tests.conftest import Fitted
 
 LIVE_WITHIN_S = 15
 
@@ -31,7 +36,7 @@ def client(endpoint: str) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def ticket(endpoint: str, tasks: Any) -> str:
+def ticket(endpoint: str, tasks: dict[str, DemoTask]) -> str:
     """A ticket that is taken for one: an expert of so few rows passes on some of its own."""
     for row in tasks["tickets"].test[:20]:
         if post(endpoint, "/v1/route", messages=chat(row["prompt"])).json()["see"]["answered_by"] == "tickets":
@@ -40,6 +45,11 @@ def ticket(endpoint: str, tasks: Any) -> str:
 
 
 def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def user(text: str) -> list[ChatCompletionMessageParam]:
+    """A chat as the openai package types it."""
     return [{"role": "user", "content": text}]
 
 
@@ -55,23 +65,30 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 
 
 def test_one_model_is_shown(client: openai.OpenAI) -> None:
-    assert client.models.retrieve("see:dates").model_extra["parent"] == "see:generalist"
+    extra = client.models.retrieve("see:dates").model_extra
+    assert extra is not None
+    assert extra["parent"] == "see:generalist"
 
 
 def test_a_routed_answer_names_who_gave_it_and_why(client: openai.OpenAI, ticket: str) -> None:
-    answer = client.chat.completions.create(model="see", messages=chat(ticket), max_tokens=4)
+    answer = client.chat.completions.create(model="see", messages=user(ticket), max_tokens=4)
+    assert answer.model_extra is not None
     trace = answer.model_extra["see"]
     assert [asked["expert"] for asked in trace["asked"]] == ["dates", "tickets"]
     assert (trace["answered_by"], trace["reason"]) == ("tickets", "accepted")
 
 
 def test_the_answering_expert_stands_in_a_header(client: openai.OpenAI, ticket: str) -> None:
-    raw = client.chat.completions.with_raw_response.create(model="see", messages=chat(ticket), max_tokens=2)
+    raw = client.chat.completions.with_raw_response.create(model="see", messages=user(ticket), max_tokens=2)
     assert raw.headers["x-see-expert"] == "tickets"
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
-    question = {"model": "see:generalist", "messages": chat("What is the capital of France?"), "max_tokens": 8}
+    question: dict[str, Any] = {
+        "model": "see:generalist",
+        "messages": chat("What is the capital of France?"),
+        "max_tokens": 8,
+    }
     whole = client.chat.completions.create(**question).choices[0].message.content
     chunks = list(client.chat.completions.create(**question, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
@@ -81,7 +98,12 @@ def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
 
 
 def test_several_answers_differ_and_each_is_repeated_by_its_seed(client: openai.OpenAI) -> None:
-    question = {"model": "see:generalist", "messages": chat("Tell me a story."), "max_tokens": 12, "temperature": 1.0}
+    question: dict[str, Any] = {
+        "model": "see:generalist",
+        "messages": chat("Tell me a story."),
+        "max_tokens": 12,
+        "temperature": 1.0,
+    }
     several = client.chat.completions.create(**question, n=3, seed=5)
     alone = client.chat.completions.create(**question, seed=6)
     texts = [choice.message.content for choice in several.choices]
@@ -92,7 +114,13 @@ def test_several_answers_differ_and_each_is_repeated_by_its_seed(client: openai.
 
 
 def test_a_stream_of_several_answers_names_each_piece(client: openai.OpenAI) -> None:
-    question = {"model": "see", "messages": chat("Tell me a story."), "max_tokens": 6, "temperature": 1.0, "seed": 5}
+    question: dict[str, Any] = {
+        "model": "see",
+        "messages": chat("Tell me a story."),
+        "max_tokens": 6,
+        "temperature": 1.0,
+        "seed": 5,
+    }
     whole = [choice.message.content for choice in client.chat.completions.create(**question, n=2).choices]
     pieces = ["", ""]
     for chunk in client.chat.completions.create(**question, n=2, stream=True):
@@ -101,7 +129,7 @@ def test_a_stream_of_several_answers_names_each_piece(client: openai.OpenAI) -> 
 
 
 def test_log_probabilities_come_with_the_tokens(client: openai.OpenAI, ticket: str) -> None:
-    question = {"model": "see:tickets", "messages": chat(ticket), "max_tokens": 6}
+    question: dict[str, Any] = {"model": "see:tickets", "messages": chat(ticket), "max_tokens": 6}
     answer = client.chat.completions.create(**question, logprobs=True, top_logprobs=2).choices[0]
     tokens = answer.logprobs.content
     assert b"".join(bytes(token.bytes) for token in tokens).decode() == answer.message.content
@@ -118,12 +146,12 @@ def test_a_bare_completion_is_answered(client: openai.OpenAI) -> None:
 
 def test_an_unknown_model_is_a_404(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="see:nobody"):
-        client.chat.completions.create(model="see:nobody", messages=chat("Hi"))
+        client.chat.completions.create(model="see:nobody", messages=user("Hi"))
 
 
 def test_a_bad_body_is_a_400_that_names_the_field(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature"):
-        client.chat.completions.create(model="see", messages=chat("Hi"), temperature=9)
+        client.chat.completions.create(model="see", messages=user("Hi"), temperature=9)
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -142,7 +170,7 @@ def test_max_tokens_beyond_the_room_left_is_refused_with_the_numbers(endpoint: s
     assert "8190" in answer.json()["error"]["message"]
 
 
-def test_a_body_over_the_limit_is_refused_with_both_numbers(endpoint: str, config: Any) -> None:
+def test_a_body_over_the_limit_is_refused_with_both_numbers(endpoint: str, config: Config) -> None:
     answer = post(endpoint, model="see", messages=chat("x" * 1_100_000))
     assert answer.status_code == 400
     assert str(config.serve.max_body_bytes) in answer.json()["error"]["message"].replace(",", "")
@@ -176,7 +204,7 @@ def test_a_key_is_asked_for_once_there_is_one(monkeypatch: pytest.MonkeyPatch) -
     assert endpoint_module.check_exposure(load_config(None, ["serve.host=0.0.0.0"])).required
 
 
-def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint: str, config: Any) -> None:
+def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint: str, config: Config) -> None:
     with pytest.raises(ServingError, match="already"):
         endpoint_module.start(config)
 
@@ -196,19 +224,19 @@ def test_a_named_expert_is_not_asked(endpoint: str) -> None:
 
 
 def test_lookahead_changes_no_outcome(
-    endpoint: str, config: Any, experts: Any, tokenizer: Any, mixed_queries: Any
+    endpoint: str, config: Config, experts: Fitted, tokenizer: Any, mixed_queries: Sequence[str]
 ) -> None:
     from ray import serve
 
     handles = {manifest.name: serve.get_app_handle(expert_app(manifest.ref)) for manifest in experts.live}
     links = [ChainEntry(manifest.name, manifest.threshold) for manifest in reversed(experts.live)]
 
-    async def outcome(text: str, lookahead: int) -> tuple:
+    async def outcome(text: str, lookahead: int) -> tuple[str, str, list[tuple[str, bool]], Trace]:
         prompt = encode_prompt(tokenizer, chat(text))
         trace = await walk(links, lambda name: handles[name].decide.remote(prompt), lookahead=lookahead)
         return trace.answered_by, trace.reason, [(a.expert, a.accepted) for a in trace.asked], trace
 
-    async def both() -> list[tuple]:
+    async def both() -> list[tuple[Any, Any]]:
         return [(await outcome(text, 1), await outcome(text, 4)) for text in mixed_queries]
 
     outcomes = asyncio.run(both())
@@ -224,7 +252,7 @@ def test_lookahead_changes_no_outcome(
 
 
 @pytest.fixture(scope="module")
-def joined(endpoint: str, config: Any, experts: Any) -> Iterator[Any]:
+def joined(endpoint: str, config: Config, experts: Fitted) -> Iterator[Any]:
     """The spare expert `upper` published at the live endpoint; replicas' processes before and
     after, seconds until it was live, and every answer's status while it joined."""
     store = ExpertStore.open(config.store.url)
@@ -260,7 +288,13 @@ def test_no_request_is_lost_while_one_joins(joined: Any) -> None:
 
 
 def test_answers_are_those_of_plain_peft_token_for_token(
-    joined: Any, endpoint: str, config: Any, base: Any, experts: Any, tokenizer: Any, tasks: Any
+    joined: Any,
+    endpoint: str,
+    config: Config,
+    base: BaseModel,
+    experts: Fitted,
+    tokenizer: Any,
+    tasks: dict[str, DemoTask],
 ) -> None:
     """Every expert and the generalist, through Serve, against PEFT's own greedy generation."""
     from peft import PeftModel
@@ -276,7 +310,7 @@ def test_answers_are_those_of_plain_peft_token_for_token(
         for row in rows:
             prompt = encode_prompt(tokenizer, chat(row["prompt"]))
             ids, cache = torch.tensor([prompt]), DynamicCache()
-            if peft is None:
+            if peft is None or manifest is None:
                 made = model.generate(input_ids=ids, max_new_tokens=16, do_sample=False)[0, len(prompt) :]
             else:
                 start = torch.tensor([[*prompt, manifest.indicator_tokens[0]]])

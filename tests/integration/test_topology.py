@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
 import pytest
 from ray import serve
 
+from see_ray.config import Config
 from see_ray.engine.interface import GenerateRequest, SamplingParams
 from see_ray.models.activation import encode_prompt
 from see_ray.routing.chain import GENERALIST
@@ -22,12 +23,15 @@ from see_ray.serving.ensemble import Ensemble, ensemble_app
 from see_ray.serving.topology import PerExpert, Shared
 from see_ray.store.expert_store import ExpertStore
 
+if TYPE_CHECKING:
+    from tests.conftest import Fitted
+
 GREEDY = SamplingParams(max_tokens=12)
 ADDRESS = "/shared"
 
 
 @pytest.fixture(scope="module")
-def shared_url(endpoint: str, config: Any) -> Iterator[Any]:
+def shared_url(endpoint: str, config: Config) -> Iterator[Any]:
     """A second ingress, under another address of the same server, with an ensemble behind it."""
     settings = config.model_copy(update={"serve": config.serve.model_copy(update={"topology": "shared"})})
     serve.run_many(
@@ -45,7 +49,7 @@ def shared_url(endpoint: str, config: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(shared_url: Any, config: Any, tokenizer: Any, mixed_queries: Any) -> Any:
+def outcomes(shared_url: Any, config: Config, tokenizer: Any, mixed_queries: Sequence[str]) -> Any:
     """Trace and answer of every tenth mixed query, by topology; per_expert with and without handing prefixes on."""
     deployer = serve.get_deployment_handle("Deployer", "see")
     alone = config.serve.model_copy(update={"share_prefix": False})
@@ -82,7 +86,7 @@ def test_both_topologies_route_alike(outcomes: Any) -> None:
 
 
 async def test_a_replica_that_has_just_started_waits_until_it_knows_the_experts(
-    experts: Any, config: Any, tokenizer: Any
+    experts: Fitted, config: Config, tokenizer: Any
 ) -> None:
     """Or it would pass everything on to the generalist."""
     here = config.model_copy(update={"serve": config.serve.model_copy(update={"engine": "embedded"})})
@@ -98,12 +102,14 @@ def test_both_topologies_answer_alike(outcomes: Any) -> None:
     assert answers["shared"] == answers["per_expert"] == answers["reading alone"]
 
 
-def test_the_shared_topology_speaks_to_the_openai_package(shared_url: Any, outcomes: Any, mixed_queries: Any) -> None:
+def test_the_shared_topology_speaks_to_the_openai_package(
+    shared_url: Any, outcomes: Any, mixed_queries: Sequence[str]
+) -> None:
     client = openai.OpenAI(base_url=f"{shared_url}/v1", api_key="unused", max_retries=0)
     assert [model.id for model in client.models.list()] == ["see", "see:dates", "see:tickets", "see:generalist"]
     taken = [trace.answered_by == "tickets" for trace, _ in outcomes["shared"]]
     text = mixed_queries[::10][taken.index(True)]
-    question = {"messages": [{"role": "user", "content": text}], "max_tokens": 8}
+    question: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "max_tokens": 8}
     routed = client.chat.completions.create(model="see", **question)
     named = client.chat.completions.create(model="see:tickets", **question)
     assert routed.model_extra["see"]["answered_by"] == "tickets"
@@ -115,7 +121,7 @@ def test_the_shared_topology_speaks_to_the_openai_package(shared_url: Any, outco
 
 
 def test_an_expert_joins_and_leaves_the_shared_topology_beside_traffic(
-    shared_url: Any, config: Any, experts: Any
+    shared_url: Any, config: Config, experts: Fitted
 ) -> None:
     store = ExpertStore.open(config.store.url)
     client = openai.OpenAI(base_url=f"{shared_url}/v1", api_key="unused", max_retries=0)

@@ -13,9 +13,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+
+from see_ray.config import Config
+from see_ray.data.demo_tasks import DemoTask
+from see_ray.models.base_model import BaseModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests")
 
@@ -39,16 +43,23 @@ TOLERANCE = 2e-3
 ANSWER = 6
 """Tokens of an answer."""
 
-FORMS = {"one": 1, "two": 2, "other": 1, "third": 1, "whole": "all", "full": None}
+FORMS: dict[str, int | Literal["all"] | None] = {
+    "one": 1,
+    "two": 2,
+    "other": 1,
+    "third": 1,
+    "whole": "all",
+    "full": None,
+}
 """Experts by name, and how many tokens of the generation prompt they adapt; None is the full form."""
 
 
 @pytest.fixture(scope="module")
-def activation(config: Any, tokenizer: Any) -> Activation:
+def activation(config: Config, tokenizer: Any) -> Activation:
     return activation_of(tokenizer, config.base_model, FitConfig())
 
 
-def adapter(folder: Path, base: Any, config: Any, seed: int, **settings: Any) -> Path:
+def adapter(folder: Path, base: BaseModel, config: Config, seed: int, **settings: Any) -> Path:
     """A LoRA that PEFT makes, with random weights."""
     from peft import LoraConfig, get_peft_model
 
@@ -66,7 +77,7 @@ def adapter(folder: Path, base: Any, config: Any, seed: int, **settings: Any) ->
 
 @pytest.fixture(scope="module")
 def experts(
-    tmp_path_factory: pytest.TempPathFactory, base: Any, config: Any, activation: Activation
+    tmp_path_factory: pytest.TempPathFactory, base: BaseModel, config: Config, activation: Activation
 ) -> dict[str, Expert]:
     folder = tmp_path_factory.mktemp("adapters")
     made = {}
@@ -81,7 +92,7 @@ def experts(
 
 
 @pytest.fixture(scope="module")
-def vllm(base: Any, config: Any, experts: dict[str, Expert]) -> Iterator[VllmEngine]:
+def vllm(base: BaseModel, config: Config, experts: dict[str, Expert]) -> Iterator[VllmEngine]:
     engine = VllmEngine(
         base,
         config.base_model.model_copy(update={"max_length": 1024}),
@@ -98,7 +109,7 @@ def vllm(base: Any, config: Any, experts: dict[str, Expert]) -> Iterator[VllmEng
 
 
 @pytest.fixture(scope="module")
-def embedded(base: Any, config: Any, experts: dict[str, Expert]) -> EmbeddedEngine:
+def embedded(base: BaseModel, config: Config, experts: dict[str, Expert]) -> EmbeddedEngine:
     engine = EmbeddedEngine(base, config.base_model, prefix_tokens=100_000)
     for expert in experts.values():
         engine.load(expert)
@@ -106,7 +117,7 @@ def embedded(base: Any, config: Any, experts: dict[str, Expert]) -> EmbeddedEngi
 
 
 @pytest.fixture(scope="module")
-def prompts(tokenizer: Any, tasks: Any) -> list[list[int]]:
+def prompts(tokenizer: Any, tasks: dict[str, DemoTask]) -> list[list[int]]:
     """50 prompts; every fifth is a second turn, with the generation prompt in the middle too."""
     texts = [row["prompt"] for task in tasks.values() for row in task.test[:13]] + general_questions()[:11]
     chats = []
@@ -133,7 +144,7 @@ class Verdict:
 class Peft:
     """The base model reads up to the activation point, then PEFT's model with the adapter goes on."""
 
-    def __init__(self, base: Any, config: Any, experts: dict[str, Expert], eos: frozenset[int]) -> None:
+    def __init__(self, base: BaseModel, config: Config, experts: dict[str, Expert], eos: frozenset[int]) -> None:
         from peft import PeftConfig, PeftModel
 
         self.base, self.experts, self.eos = load_model(base, config.base_model), experts, sorted(eos)
@@ -173,6 +184,7 @@ class Peft:
         if name is None:
             return self.base(ids[:, point:], past_key_values=cache).logits[0]
         tokens = self.experts[name].activation.tokens
+        assert tokens is not None
         if tokens > 1:
             cache.crop(len(prompt) - tokens)
         rest = ids[:, len(prompt) - tokens :]
@@ -180,7 +192,7 @@ class Peft:
 
 
 @pytest.fixture(scope="module")
-def peft(base: Any, config: Any, experts: dict[str, Expert], vllm: VllmEngine) -> Peft:
+def peft(base: BaseModel, config: Config, experts: dict[str, Expert], vllm: VllmEngine) -> Peft:
     return Peft(base, config, experts, vllm.eos)
 
 
@@ -266,8 +278,8 @@ def test_answers_are_the_embedded_engines(cold: Outcome, embedded: EmbeddedEngin
 
 def test_experts_and_generalist_differ(cold: Outcome, prompts: list[list[int]]) -> None:
     """Else the tests above would hold for an engine that ignores adapters."""
-    for one, other in itertools.combinations((*FORMS, None), 2):
-        assert any(cold.answers[number, one] != cold.answers[number, other] for number in range(len(prompts)))
+    for who, whom in itertools.combinations((*FORMS, None), 2):
+        assert any(cold.answers[number, who] != cold.answers[number, whom] for number in range(len(prompts)))
     for one, other in itertools.combinations(range(len(FORMS)), 2):
         assert max(abs(made[one] - made[other]) for made in cold.decisions) > 10 * TOLERANCE
 
@@ -354,6 +366,7 @@ ACTIVATED = [name for name, tokens in FORMS.items() if tokens is not None]
 
 
 def whole_blocks(prompt: list[int], expert: Expert) -> int:
+    assert expert.activation.tokens is not None
     return (len(prompt) - expert.activation.tokens) // CPU_BLOCK * CPU_BLOCK
 
 
@@ -477,7 +490,7 @@ def test_an_adapter_for_narrower_layers_is_refused(
 
 
 def test_an_adapter_of_too_high_a_rank_is_refused(
-    vllm: VllmEngine, experts: dict[str, Expert], guest: str, base: Any, config: Any, tmp_path: Path
+    vllm: VllmEngine, experts: dict[str, Expert], guest: str, base: BaseModel, config: Config, tmp_path: Path
 ) -> None:
     folder = adapter(tmp_path, base, config, 1, r=32)
     with pytest.raises(ServingError, match=r"rank 32.*max_rank=32"):
@@ -524,7 +537,7 @@ def test_an_answer_that_is_given_up_leaves(vllm: VllmEngine, prompts: list[list[
 
 
 def test_answers_that_were_put_off_for_lack_of_room_are_pefts(
-    vllm: VllmEngine, base: Any, config: Any, experts: dict[str, Expert], peft: Peft, prompts: list[list[int]]
+    vllm: VllmEngine, base: BaseModel, config: Config, experts: dict[str, Expert], peft: Peft, prompts: list[list[int]]
 ) -> None:
     """Room for 12 blocks, eight answers of up to six blocks: vLLM drops some and reads them again, answers and all."""
     from prometheus_client import REGISTRY
@@ -542,9 +555,10 @@ def test_answers_that_were_put_off_for_lack_of_room_are_pefts(
         disable_log_stats=False,
     )
     try:
-        names = ["one", "whole", "full", None]
-        for name in names[:3]:
+        loaded = ["one", "whole", "full"]
+        for name in loaded:
             small.load(experts[name])
+        names = [*loaded, None]
         asked = [(prompts[number], names[number % 4]) for number in range(8)]
 
         async def run() -> list[list[int]]:

@@ -95,9 +95,9 @@ def test_parts_of_an_interrupted_run_are_not_run_again(ran: Any) -> None:
 def test_the_same_command_again_only_reads(ran: Any, plan: Any) -> None:
     results, folder, _ = ran
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
-    assert json.dumps([result.matrix for result in compare(plan, CHOSEN, [0], folder, Listener())]) == json.dumps(
-        [result.matrix for result in results]
-    )
+    again = compare(plan, CHOSEN, [0], folder, Listener())
+    assert again is not None
+    assert json.dumps([result.matrix for result in again]) == json.dumps([result.matrix for result in results])
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} == before
 
 
@@ -106,7 +106,9 @@ def test_another_order_finds_the_fits_that_it_shares(ran: Any, plan: Any, tmp_pa
     results, folder, _ = ran
     fits = set(folder.glob("*/adapters/*"))
     turned = dataclasses.replace(plan, tasks=TASKS[::-1])
-    after = {result.method: result for result in compare(turned, ["oracle"], [0], tmp_path, Listener(), shared=folder)}
+    compared = compare(turned, ["oracle"], [0], tmp_path, Listener(), shared=folder)
+    assert compared is not None
+    after = {result.method: result for result in compared}
     assert fits
     assert set(folder.glob("*/adapters/*")) == fits
     before = {result.method: result for result in results}

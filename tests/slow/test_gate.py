@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from see_ray.config import GateConfig
+from see_ray.config import Config, GateConfig
+from see_ray.data.demo_tasks import DemoTask
 from see_ray.errors import GateError
 from see_ray.pipeline import Source, learn
 from see_ray.store.expert_store import ExpertStore
 
+if TYPE_CHECKING:
+    from tests.conftest import Fitted
+
 
 @pytest.fixture
-def strict(config: Any) -> Any:
+def strict(config: Config) -> Any:
     """The shared settings with the default limits, and held-out rows enough for them."""
     few = config.reconstruct.model_copy(update={"eval_share": 0.25, "max_eval_rows": 12})
     return config.model_copy(update={"gate": GateConfig(), "reconstruct": few})
@@ -31,13 +35,15 @@ def written(tmp_path: Path) -> Any:
     return write
 
 
-def live(config: Any) -> list[str]:
+def live(config: Config) -> list[str]:
     return [ref.name for ref in ExpertStore.open(config.store.url).head().experts]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_poisoned_task_is_set_aside_and_can_be_forced(experts: Any, strict: Any, tasks: Any, written: Any) -> None:
+def test_a_poisoned_task_is_set_aside_and_can_be_forced(
+    experts: Fitted, strict: Any, tasks: dict[str, DemoTask], written: Any
+) -> None:
     """The queries of a live expert with other answers."""
     poison = written("poison", [{"prompt": row["prompt"], "response": "no"} for row in tasks["tickets"].train[:40]])
     store = ExpertStore.open(strict.store.url)
@@ -55,7 +61,7 @@ def test_a_poisoned_task_is_set_aside_and_can_be_forced(experts: Any, strict: An
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_expert_that_fails_is_published_by_force_and_says_so(
-    experts: Any, strict: Any, tasks: Any, written: Any
+    experts: Fitted, strict: Any, tasks: dict[str, DemoTask], written: Any
 ) -> None:
     poison = written("forced", [{"prompt": row["prompt"], "response": "no"} for row in tasks["tickets"].train[:40]])
     store = ExpertStore.open(strict.store.url)
@@ -71,7 +77,7 @@ def test_an_expert_that_fails_is_published_by_force_and_says_so(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_null_adapter_is_set_aside(experts: Any, strict: Any, tasks: Any, written: Any) -> None:
+def test_a_null_adapter_is_set_aside(experts: Fitted, strict: Any, tasks: dict[str, DemoTask], written: Any) -> None:
     still = strict.model_copy(update={"fit": strict.fit.model_copy(update={"learning_rate": 1e-12})})
     with pytest.raises(GateError, match="it is null"):
         learn(written("null", tasks["contacts"].train[:24]), still)
@@ -80,7 +86,9 @@ def test_a_null_adapter_is_set_aside(experts: Any, strict: Any, tasks: Any, writ
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_similar_task_of_other_wording_gets_in(experts: Any, strict: Any, tasks: Any, written: Any) -> None:
+def test_a_similar_task_of_other_wording_gets_in(
+    experts: Fitted, strict: Any, tasks: dict[str, DemoTask], written: Any
+) -> None:
     """Tickets again, but asked for the customer's mood."""
     moods = ["I am very angry. ", "Thanks for your help! "]
     rows = [

@@ -1,7 +1,7 @@
 """The configuration: defaults, refusals that name the key, overrides, and the way to YAML and back."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[2]
 MARK = "# see_ray config"
 """The comment line by which a shipped YAML says that it is a configuration."""
 
-SECTIONS = {name: field.annotation for name, field in Config.model_fields.items()}
+SECTIONS = {name: cast("type[Section]", field.annotation) for name, field in Config.model_fields.items()}
 FIELDS = [f"{section}.{field}" for section, kind in SECTIONS.items() for field in kind.model_fields]
 
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "base_model": {
         "name": "owner/name",
         "revision": "v1",

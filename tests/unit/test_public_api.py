@@ -30,7 +30,7 @@ def test_each_public_name_is_there_and_says_what_it_is(name: str) -> None:
 
 def test_a_name_that_is_not_public_is_an_attribute_error_that_names_those_that_are() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'router'; it has .*ExpertStore"):
-        _ = see_ray.router  # type: ignore[attr-defined]
+        _ = see_ray.router
 
 
 def test_serve_stays_a_function_after_its_package_is_imported() -> None:

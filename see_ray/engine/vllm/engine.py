@@ -16,7 +16,7 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +237,7 @@ class VllmEngine:
 
         return self._wait(decide())
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Token]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Token, None]:
         """The tokens of an answer, one by one, without an end-of-turn token. An expert's follow its accept indicator,
         as in fitting."""
         loaded = None if request.expert is None else self._expert(request.expert)

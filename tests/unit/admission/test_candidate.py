@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +13,7 @@ from see_ray.config import GateConfig
 from see_ray.data.reconstruct import Example, Kind, Reconstruction
 from see_ray.data.rows import Row
 from see_ray.fit.report import Comparison
+from see_ray.models.base_model import BaseModel
 
 OWN = [0.9, 0.95, 0.97, 0.99]
 FOREIGN = [("general", 0.01), ("general", 0.02)]
@@ -34,7 +35,7 @@ def test_a_fits_decisions_are_told_apart_by_the_kind_of_their_examples() -> None
     reconstruction = Reconstruction(
         train=[], own=[row, row], foreign=foreign, claimed={"sa": 1}, held_out=held_out, rehearsal=[]
     )
-    base = SimpleNamespace(name=BASE[0], fingerprint=BASE[1])
+    base = BaseModel(BASE[0], Path("unused"), BASE[1])
     candidate = Candidate.from_fit(reconstruction, [0.1, 0.9, 0.2, 0.8], BETTER, base, RATE)
     assert candidate == Candidate([0.9, 0.8], [("general", 0.1), ("sa", 0.2)], {"sa": 1}, BETTER, BASE, RATE)
 
@@ -45,12 +46,14 @@ def test_its_threshold_is_the_calibrated_one(candidate: Candidate) -> None:
 
 def test_newcomers_far_from_its_own_queries_change_little(candidate: Candidate) -> None:
     after = candidate.with_foreign([("new", 0.05)], {})
+    assert after is not None
     assert after.calibration.own_accepted == 1.0
     assert after.calibration.threshold > 0.05
 
 
 def test_newcomers_nearer_raise_the_threshold(candidate: Candidate) -> None:
     after = candidate.with_foreign([("new", 0.85)], {})
+    assert after is not None
     assert after.calibration.threshold > max(0.85, candidate.calibration.threshold)
 
 
@@ -69,6 +72,7 @@ def test_newcomers_count_in_the_verdict(candidate: Candidate) -> None:
     limits = GateConfig()
     assert candidate.judge(limits, BASE).passed
     after = candidate.with_foreign([("new", 0.05)], {"new": 40})
+    assert after is not None
     assert after.claimed == {"sa": 0, "new": 40}
     assert [(f.limit, f.about) for f in after.judge(limits, BASE).findings if not f.passed] == [("taken", "new")]
 

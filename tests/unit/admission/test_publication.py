@@ -22,7 +22,7 @@ from see_ray.models.activation import Activation
 from see_ray.models.base_model import BaseModel
 from see_ray.progress import Listener
 from see_ray.store.expert_store import ExpertStore
-from see_ray.store.records import ExpertRef
+from see_ray.store.records import ExpertRef, Manifest
 
 BETTER = Comparison(rows=4, expert_loss=0.5, generalist_loss=2.0, change=9.0, seconds=1.0)
 
@@ -52,12 +52,14 @@ def candidate(base: BaseModel) -> Candidate:
     return Candidate([0.9] * 8, [("general", 0.1)] * 8, {}, BETTER, (base.name, base.fingerprint), 0.01)
 
 
-def joins_once(publication: Publication, store: Any, monkeypatch: pytest.MonkeyPatch, decisions: Any) -> None:
+def joins_once(
+    publication: Publication, store: ExpertStore, monkeypatch: pytest.MonkeyPatch, decisions: list[float]
+) -> None:
     """Another expert that is published while the candidate is stored; it keeps queries with these decisions."""
     other = replace(publication, prepared=replace(publication.prepared, task=Task("qa", (), (), ())))
     saved = ExpertStore.save
 
-    def save(self, folder: Any, *, name: Any, **fields: Any) -> Any:
+    def save(self: ExpertStore, folder: Path, *, name: str, **fields: Any) -> Manifest:
         manifest = saved(self, folder, name=name, **fields)
         if name == "sa" and not store.head().experts:
             store.publish(saved(self, other.folder, name="qa", **fields).ref)
@@ -72,6 +74,7 @@ def test_an_expert_that_passes_is_live_with_its_report(
     publication: Publication, candidate: Candidate, config: Config
 ) -> None:
     published = publication.publish(candidate, Listener())
+    assert published is not None
     store = ExpertStore.open(config.store.url)
     assert store.head() == published.sequence
     assert [ref.id for ref in published.sequence.experts] == ["sa@1"]
@@ -92,6 +95,7 @@ def test_one_that_fails_is_stored_and_not_live(publication: Publication, candida
 def test_one_that_fails_is_live_by_force(publication: Publication, candidate: Candidate) -> None:
     weak = replace(candidate, comparison=replace(BETTER, expert_loss=3.0))
     published = replace(publication, force=True).publish(weak, Listener())
+    assert published is not None
     assert published.manifest.gate == "forced"
     assert published.sequence.forced
 
@@ -102,6 +106,7 @@ def test_an_expert_published_meanwhile_is_decided_on_first(
     store = ExpertStore.open(config.store.url)
     joins_once(publication, store, monkeypatch, [0.3] * 4)
     published = publication.publish(candidate, Listener())
+    assert published is not None
     assert [ref.id for ref in published.sequence.experts] == ["qa@1", "sa@2"]  # sa@1 was stored, and never live
     assert published.calibration.foreign == len(candidate.foreign) + 4
 

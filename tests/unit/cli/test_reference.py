@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 
 from see_ray.cli import reference
-from see_ray.config import Config
+from see_ray.cli.run import run
+from see_ray.config import Config, Section
 
 
 @pytest.fixture
 def check(capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs `python -m see_ray.cli.reference`; gives exit code and stderr."""
 
-    def run(*args: str) -> tuple[int, str]:
+    def check(*args: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
-            reference.run(reference.main, list(args))
+            run(reference.main, list(args))
         return int(ended.value.code or 0), capsys.readouterr().err
 
-    return run
+    return check
 
 
 @pytest.mark.parametrize("name", reference.pages())
@@ -54,6 +55,8 @@ def test_every_command_is_on_its_page() -> None:
 def test_every_setting_is_on_its_page() -> None:
     page = reference.settings_page()
     for section, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, Section)
         assert all(f"| `{section}.{name}` |" in page for name in field.annotation.model_fields)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from see_ray.admission.calibrate import Calibration
 from see_ray.admission.gate import Finding, Verdict
@@ -63,7 +64,7 @@ def test_a_dry_run_shows_the_loss_mask_of_every_kind_of_example(capsys: pytest.C
 
 def test_a_dry_run_has_colours_on_a_terminal() -> None:
     shown = io.StringIO()
-    render.print_prepared(prepared("x" * 2000 + "?>"), render.Console(file=shown, force_terminal=True))
+    render.print_prepared(prepared("x" * 2000 + "?>"), Console(file=shown, force_terminal=True))
     assert "\x1b[1;32m⟦A!⟧\x1b[0m" in shown.getvalue()
     assert "[… 1203 characters …]" in shown.getvalue()
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,8 +15,11 @@ from see_ray.cli.main import main
 from see_ray.errors import BadRowsError, StoreError
 from see_ray.store.expert_store import ExpertStore
 
+if TYPE_CHECKING:
+    from tests.conftest import See, SeeProcess
 
-def test_help_answers_at_once(see_process: Any) -> None:
+
+def test_help_answers_at_once(see_process: SeeProcess) -> None:
     times = []
     for _ in range(3):
         begun = time.perf_counter()
@@ -37,7 +40,7 @@ def test_help_imports_nothing_heavy(root: Path) -> None:
 
 
 @pytest.mark.parametrize("words", ["", "learn", "eval", "serve", "ask", "route", "demo", "experts", "experts list"])
-def test_every_command_has_help(see: Any, words: str) -> None:
+def test_every_command_has_help(see: See, words: str) -> None:
     code, out, _ = see(*words.split(), "--help")
     assert code == 0
     assert out.startswith(f"Usage: see {words}".rstrip())
@@ -47,7 +50,7 @@ def test_every_command_has_help(see: Any, words: str) -> None:
 # --- errors -------------------------------------------------------------------------------------
 
 
-def test_an_error_is_one_line_and_exit_code_1(see_process: Any) -> None:
+def test_an_error_is_one_line_and_exit_code_1(see_process: SeeProcess) -> None:
     done = see_process("experts", "list", "--store", "ftp://somewhere")
     assert done.returncode == 1
     assert done.stderr.startswith("error: cannot open the expert store ftp://somewhere")
@@ -61,19 +64,19 @@ def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["experts", "list", "--store", "ftp://somewhere"])
 
 
-def test_a_misspelt_setting_is_named(see: Any) -> None:
+def test_a_misspelt_setting_is_named(see: See) -> None:
     code, _, err = see("experts", "list", "--set", "store.ulr=/tmp/x")
     assert (code, err) == (1, "error: the configuration is not valid: store.ulr: no such setting\n")
 
 
-def test_a_misspelt_key_of_the_file_is_named(see: Any, tmp_path: Path) -> None:
+def test_a_misspelt_key_of_the_file_is_named(see: See, tmp_path: Path) -> None:
     (tmp_path / "see.yaml").write_text("serve:\n  prot: 80\n")
     code, _, err = see("experts", "list", "--config", str(tmp_path / "see.yaml"))
     assert code == 1
     assert "serve.prot: no such setting" in err
 
 
-def test_an_option_wins_over_the_file(see: Any, tmp_path: Path) -> None:
+def test_an_option_wins_over_the_file(see: See, tmp_path: Path) -> None:
     (tmp_path / "see.yaml").write_text("store:\n  url: ftp://from-file\n")
     config = ["--config", str(tmp_path / "see.yaml")]
     assert "ftp://from-file" in see("experts", "list", *config)[2]
@@ -82,26 +85,26 @@ def test_an_option_wins_over_the_file(see: Any, tmp_path: Path) -> None:
 
 
 def test_a_name_that_yaml_takes_for_a_number_stays_a_name(
-    see: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    see: See, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert "no experts in" in see("experts", "list", "--store", "2024")[1]
     assert (tmp_path / "2024").is_dir()
 
 
-def test_a_bound_of_a_setting_holds_for_its_option(see: Any) -> None:
+def test_a_bound_of_a_setting_holds_for_its_option(see: See) -> None:
     code, _, err = see("serve", "--port", "70000")
     assert code == 1
     assert "serve.port" in err
 
 
-def test_wrong_usage_is_exit_code_2(see: Any) -> None:
+def test_wrong_usage_is_exit_code_2(see: See) -> None:
     code, _, err = see("learn")
     assert code == 2
     assert "Missing argument 'SOURCE'" in err
 
 
-def test_bad_rows_keep_their_lines(see: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_rows_keep_their_lines(see: See, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(url: str) -> None:
         raise BadRowsError("2 bad rows:\n  a.jsonl:1: blank\n  a.jsonl:2: blank", (("a", "b"),))
 
@@ -112,7 +115,7 @@ def test_bad_rows_keep_their_lines(see: Any, monkeypatch: pytest.MonkeyPatch) ->
 # --- warnings ------------------------------------------------------------------------------------
 
 
-def test_a_renamed_setting_is_one_line_on_stderr(see_process: Any, tmp_path: Path) -> None:
+def test_a_renamed_setting_is_one_line_on_stderr(see_process: SeeProcess, tmp_path: Path) -> None:
     done = see_process("experts", "list", "--store", str(tmp_path), "--set", "serve.pass_tokens=64")
     assert done.returncode == 0
     assert done.stderr == (

@@ -117,7 +117,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_model", load_model)
 
 
-def cached(base: Any, tmp_path: Path, count: Any, seed: Any = 0) -> Any:
+def cached(base: BaseModel, tmp_path: Path, count: Any, seed: Any = 0) -> Any:
     config = BaseModelConfig(cache_dir=tmp_path)
     path = general_cache(base, config, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,32 +126,34 @@ def cached(base: Any, tmp_path: Path, count: Any, seed: Any = 0) -> Any:
 
 
 @pytest.mark.parametrize("count", [0, 3, 5])
-def test_cached_queries_are_given_without_the_base_model(base: Any, tmp_path: Path, no_model: Any, count: int) -> None:
+def test_cached_queries_are_given_without_the_base_model(
+    base: BaseModel, tmp_path: Path, no_model: Any, count: int
+) -> None:
     assert sample_general(base, cached(base, tmp_path, 5), count, seed=0) == chats("general", count)
 
 
-def test_too_few_cached_queries_need_the_base_model(base: Any, tmp_path: Path, no_model: Any) -> None:
+def test_too_few_cached_queries_need_the_base_model(base: BaseModel, tmp_path: Path, no_model: Any) -> None:
     with pytest.raises(AssertionError, match="was loaded"):
         sample_general(base, cached(base, tmp_path, 5), 6, seed=0)
 
 
-def test_queries_of_another_seed_are_not_given(base: Any, tmp_path: Path, no_model: Any) -> None:
+def test_queries_of_another_seed_are_not_given(base: BaseModel, tmp_path: Path, no_model: Any) -> None:
     with pytest.raises(AssertionError, match="was loaded"):
         sample_general(base, cached(base, tmp_path, 5, seed=1), 5, seed=0)
 
 
-def test_queries_of_another_base_model_are_not_given(base: Any, tmp_path: Path, no_model: Any) -> None:
+def test_queries_of_another_base_model_are_not_given(base: BaseModel, tmp_path: Path, no_model: Any) -> None:
     other = BaseModel(base.name, base.folder, "0" * 64)
     with pytest.raises(AssertionError, match="was loaded"):
         sample_general(other, cached(base, tmp_path, 5), 5, seed=0)
 
 
-def test_the_cache_of_queries_lies_in_the_cache_folder(base: Any, tmp_path: Path) -> None:
+def test_the_cache_of_queries_lies_in_the_cache_folder(base: BaseModel, tmp_path: Path) -> None:
     assert tmp_path in general_cache(base, BaseModelConfig(cache_dir=tmp_path), 0).parents
 
 
 @pytest.fixture(scope="module")
-def sampled(base: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def sampled(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Eight queries of seed 3, how the progress was told, and the configuration with their cache."""
     config = BaseModelConfig(cache_dir=tmp_path_factory.mktemp("cache"))
     told = []
@@ -169,13 +171,13 @@ def test_an_opened_query_says_more_than_its_opening(sampled: Any) -> None:
     assert all(query[0]["content"] not in OPENINGS for query in sampled[0])
 
 
-def test_queries_are_no_longer_than_allowed(base: Any, sampled: Any) -> None:
+def test_queries_are_no_longer_than_allowed(base: BaseModel, sampled: Any) -> None:
     tokenizer = load_tokenizer(base)
     longest = LONGEST_QUERY + max(len(tokenizer(opening)["input_ids"]) for opening in OPENINGS)
     assert all(len(tokenizer(query[0]["content"])["input_ids"]) <= longest for query in sampled[0])
 
 
-def test_sampled_queries_are_kept_in_the_cache(base: Any, sampled: Any, no_model: Any) -> None:
+def test_sampled_queries_are_kept_in_the_cache(base: BaseModel, sampled: Any, no_model: Any) -> None:
     queries, told, config = sampled
     assert sample_general(base, config, 8, 3) == queries
     assert sample_general(base, config, 3, 3) == queries[:3]

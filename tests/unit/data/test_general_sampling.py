@@ -49,30 +49,30 @@ def written(tmp_path: Path, count: Any) -> Any:
     return path
 
 
-def test_none_are_needed_without_general_negatives(base: Any, tmp_path: Path) -> None:
+def test_none_are_needed_without_general_negatives(base: BaseModel, tmp_path: Path) -> None:
     assert load_or_sample_general(base, config(tmp_path, 0), Notes()) == []
 
 
-def test_a_file_is_read_whole(base: Any, tmp_path: Path) -> None:
+def test_a_file_is_read_whole(base: BaseModel, tmp_path: Path) -> None:
     listener = Notes()
     assert load_or_sample_general(base, config(tmp_path, 4, written(tmp_path, 9)), listener) == chats(9)
     assert listener.notes == []
 
 
-def test_a_file_with_too_few_is_read_with_a_note(base: Any, tmp_path: Path) -> None:
+def test_a_file_with_too_few_is_read_with_a_note(base: BaseModel, tmp_path: Path) -> None:
     listener = Notes()
     assert load_or_sample_general(base, config(tmp_path, 4, written(tmp_path, 5)), listener) == chats(5)
     (note,) = listener.notes
     assert "holds 5 general queries of the 6 needed" in note
 
 
-def test_the_cache_of_the_base_model_and_seed_is_taken(base: Any, tmp_path: Path) -> None:
+def test_the_cache_of_the_base_model_and_seed_is_taken(base: BaseModel, tmp_path: Path) -> None:
     wanted = config(tmp_path, 4)
     write_cache(general_cache(base, wanted.base_model, 3), chats(8))
     assert load_or_sample_general(base, wanted, Notes()) == chats(6)
 
 
-def test_another_seed_does_not_take_that_cache(base: Any, tmp_path: Path) -> None:
+def test_another_seed_does_not_take_that_cache(base: BaseModel, tmp_path: Path) -> None:
     wanted = config(tmp_path, 4)
     write_cache(general_cache(base, wanted.base_model, 4), chats(8))
     with pytest.raises(AssertionError, match="Sampling 6 general queries"):

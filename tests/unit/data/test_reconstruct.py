@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from see_ray.config import BaseModelConfig, FitConfig, ReconstructConfig
-from see_ray.data.general_queries import needed_general
+from see_ray.data.general_queries import Chat, needed_general
 from see_ray.data.reconstruct import Example, Reconstruction, reconstruct, render, sample_queries
 from see_ray.data.rows import Row
 from see_ray.data.task import Task
 from see_ray.models.activation import activation_of, encode_prompt
-from see_ray.models.base_model import find, load_tokenizer
+from see_ray.models.base_model import BaseModel, find, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def base() -> Any:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(base: Any) -> Any:
+def tokenizer(base: BaseModel) -> Any:
     return load_tokenizer(base)
 
 
@@ -125,7 +125,7 @@ def test_pass_targets_are_the_pass_indicator_alone(build: Any, activation: Any) 
 
 
 def test_all_rehearsal_queries_of_all_earlier_experts_are_passed_on(build: Any, tokenizer: Any) -> None:
-    earlier = {"qa": (chats("qa", 3), []), "mt": (chats("mt", 2), [])}
+    earlier: dict[str, tuple[list[Chat], list[Chat]]] = {"qa": (chats("qa", 3), []), "mt": (chats("mt", 2), [])}
     made = build(earlier=earlier)
     assert {example.prompt for example in of_kind(made, "rehearsal")} == prompts(
         tokenizer, chats("qa", 3) + chats("mt", 2)
@@ -181,7 +181,7 @@ def test_which_own_rows_are_held_out_is_drawn(build: Any) -> None:
 
 
 def test_held_out_queries_of_earlier_experts_have_their_names(build: Any, tokenizer: Any) -> None:
-    earlier = {"qa": ([], chats("qa", 2)), "mt": ([], chats("mt", 1))}
+    earlier: dict[str, tuple[list[Chat], list[Chat]]] = {"qa": ([], chats("qa", 2)), "mt": ([], chats("mt", 1))}
     assert sorted(build(earlier=earlier).foreign) == sorted(
         [("mt", encode_prompt(tokenizer, query)) for query in chats("mt", 1)]
         + [("qa", encode_prompt(tokenizer, query)) for query in chats("qa", 2)]

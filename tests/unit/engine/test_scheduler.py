@@ -11,7 +11,7 @@ import torch
 from see_ray.engine import scheduler as scheduler_module
 from see_ray.engine.expert_registry import LoadedExpert
 from see_ray.engine.forward_batch import DecisionRows
-from see_ray.engine.interface import Expert, SamplingParams
+from see_ray.engine.interface import Expert, SamplingParams, Token
 from see_ray.engine.kv_cache import MIN_SLOT_TOKENS, KVCache
 from see_ray.engine.prefix_cache import CachedPrompt, DecisionRow, PrefixCache
 from see_ray.engine.requests import GenerationRequest, PrefillRequest
@@ -154,12 +154,16 @@ async def test_an_answer_without_a_slot_waits_until_another_one_ends(scheduler: 
     execute(scheduler, scheduler.schedule())  # the first four end
     execute(scheduler, scheduler.schedule())
     assert (scheduler.running, scheduler.waiting) == (requests[4:], [])
-    assert [requests[0].outputs.get_nowait().id, requests[0].outputs.get_nowait()] == [9, None]
+    token, end = requests[0].outputs.get_nowait(), requests[0].outputs.get_nowait()
+    assert isinstance(token, Token)
+    assert token.id == 9
+    assert end is None
 
 
 async def test_a_removed_expert_is_released_when_its_last_answer_has_ended(scheduler: Scheduler) -> None:
     request = add_generation(scheduler, "a", max_tokens=2)
     expert = request.expert
+    assert expert is not None
     execute(scheduler, scheduler.schedule())
     assert scheduler.remove_expert("a") == []
     assert not expert.released

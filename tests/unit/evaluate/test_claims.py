@@ -13,7 +13,7 @@ GOOD = {"ar": 0.80, "bwt": 0.0, "routing_accuracy": 1.0, "own_to_generalist": 0.
 OTHERS = {"oracle": 0.805, "multitask": 0.80, "sequential": 0.5, "see-full": 0.79}
 
 
-def body(**figures: float) -> dict:
+def body(**figures: float) -> dict[str, Any]:
     return {"figures": {key: {"mean": value, "spread": None} for key, value in figures.items()}}
 
 

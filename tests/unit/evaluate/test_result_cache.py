@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +14,7 @@ from see_ray.evaluate.result_cache import cached_by_prompt, digest, write_json
 def test_only_missing_prompts_are_computed_each_once(tmp_path: Path) -> None:
     computed: list[list[int]] = []
 
-    def lengths(missing: Any) -> Any:
+    def lengths(missing: list[Sequence[int]]) -> list[int]:
         computed.extend(map(list, missing))
         return [len(prompt) for prompt in missing]
 
@@ -26,7 +26,7 @@ def test_only_missing_prompts_are_computed_each_once(tmp_path: Path) -> None:
 
 
 def test_a_failed_computation_keeps_what_was_there(tmp_path: Path) -> None:
-    def fail(missing: Any) -> None:
+    def fail(missing: list[Sequence[int]]) -> list[str]:
         raise RuntimeError("no")
 
     path = tmp_path / "results.json"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from see_ray.errors import StoreError
 from see_ray.fit.checkpoint import KEPT, Checkpoints, TrainState
@@ -24,9 +26,15 @@ def nothing(note: str) -> None:
     raise AssertionError(note)
 
 
+def loaded(checkpoints: Checkpoints, note: Callable[[str], None] = nothing) -> tuple[TrainState, dict[str, Tensor]]:
+    found = checkpoints.load(note)
+    assert found is not None
+    return found
+
+
 def test_what_is_saved_is_loaded(checkpoints: Checkpoints) -> None:
     checkpoints.save(STATE, TENSORS)
-    state, tensors = checkpoints.load(nothing)
+    state, tensors = loaded(checkpoints)
     assert state == STATE
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
@@ -39,7 +47,7 @@ def test_there_is_none_at_first(checkpoints: Checkpoints) -> None:
 def test_the_newest_is_loaded(checkpoints: Checkpoints) -> None:
     for step in (2, 30, 4):
         checkpoints.save(replace(STATE, step=step), TENSORS)
-    assert checkpoints.load(nothing)[0].step == 30
+    assert loaded(checkpoints)[0].step == 30
 
 
 def test_only_the_newest_are_kept(checkpoints: Checkpoints) -> None:
@@ -63,7 +71,7 @@ def test_a_corrupt_one_is_passed_over_for_the_one_before(checkpoints: Checkpoint
     changed = {"cut": data[: len(data) // 2], "flipped": data[:-1] + bytes([data[-1] ^ 1]), "empty": b""}[harm]
     newest.write_bytes(changed)
     notes: list[str] = []
-    assert checkpoints.load(notes.append)[0].step == 1
+    assert loaded(checkpoints, notes.append)[0].step == 1
     assert len(notes) == 1
     assert "00000002" in notes[0]
     assert "corrupt" in notes[0]
@@ -96,7 +104,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
         checkpoints.save(replace(STATE, step=1), TENSORS)
         with pytest.raises(StoreError, match="there is room"):
             checkpoints.save(replace(STATE, step=2), {"weights.a": torch.zeros(1 << 20)})
-        assert checkpoints.load(nothing)[0].step == 1
+        assert loaded(checkpoints)[0].step == 1
     finally:
         subprocess.run(["umount", str(small)], check=True)
 

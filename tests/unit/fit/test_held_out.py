@@ -101,6 +101,8 @@ def test_without_own_rows_there_is_no_comparison(full: RankModel) -> None:
 def test_a_foreign_row_is_not_compared_whatever_its_target(full: RankModel) -> None:
     foreign = Example((15, 1, 2, 3), (PASS, 0), "mixed")
     with_it, without = (HeldOutRows(full, rows, kept_tokens=0).compare() for rows in ([foreign, *ROWS], ROWS))
+    assert with_it is not None
+    assert without is not None
     assert with_it.rows == without.rows == 2
     assert with_it.expert_loss == pytest.approx(without.expert_loss, rel=1e-5)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from loadtest.generator import poisson_arrivals
+from loadtest.generator import Arrival, poisson_arrivals
 from loadtest.simulation import EndpointDesign, ServiceTimes, Work, _Replica, _Simulation, processor_seconds, simulate
 
 QUICK = ServiceTimes(
@@ -17,7 +17,7 @@ QUICK = ServiceTimes(
 ONE = EndpointDesign("shared", ("a",), tokens=1, max_wait_s=1e9)
 
 
-def steady(rate: float, seconds: float, kind: str = "a") -> list:
+def steady(rate: float, seconds: float, kind: str = "a") -> list[Arrival]:
     return poisson_arrivals(lambda t: rate, seconds, lambda t, rng: (kind, ""), seed=1)
 
 

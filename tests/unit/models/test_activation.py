@@ -32,7 +32,7 @@ def tokenizer() -> Any:
     return load_tokenizer(find(BaseModelConfig()))
 
 
-@pytest.fixture(params=CHATS.values(), ids=CHATS.keys())
+@pytest.fixture(params=CHATS.values(), ids=list(CHATS))
 def chat(request: pytest.FixtureRequest) -> Any:
     return request.param
 

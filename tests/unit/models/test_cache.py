@@ -155,7 +155,10 @@ def test_a_folder_that_could_not_be_filled_is_absent(tmp_path: Path) -> None:
 def test_a_folder_that_another_process_created_first_remains(tmp_path: Path) -> None:
     def fill(target: Path) -> None:
         (target / "file").write_text("second")
-        fill_atomically(tmp_path / "folder", lambda other: (other / "file").write_text("first") and None)
+        fill_atomically(tmp_path / "folder", fill_first)
+
+    def fill_first(target: Path) -> None:
+        (target / "file").write_text("first")
 
     fill_atomically(tmp_path / "folder", fill)
     assert (tmp_path / "folder" / "file").read_text() == "first"

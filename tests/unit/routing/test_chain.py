@@ -20,7 +20,7 @@ class Experts:
     def __init__(self, decisions: Any, delays: Any = None) -> None:
         self.decisions = decisions
         self.delays = delays or {}
-        self.events = []
+        self.events: list[tuple[str, str]] = []
         self.open = self.most = 0
 
     async def decide(self, expert: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 
 from see_ray.errors import RequestError
@@ -33,9 +35,9 @@ def controller(clock: Clock) -> AdmissionController:
     return controller
 
 
-def enter(controller: AdmissionController, count: int) -> list:
+def enter(controller: AdmissionController, count: int) -> list[AbstractContextManager[None]]:
     """Admits that many requests, which wait for as long as the list is kept."""
-    waiting = [controller.admit() for _ in range(count)]
+    waiting: list[AbstractContextManager[None]] = [controller.admit() for _ in range(count)]
     for admission in waiting:
         admission.__enter__()
     return waiting

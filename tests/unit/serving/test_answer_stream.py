@@ -11,8 +11,8 @@ import pytest
 
 from see_ray.engine.detokenize import TextChunk
 from see_ray.errors import RequestError
+from see_ray.observability import metrics
 from see_ray.routing.chain import Trace
-from see_ray.serving import request_stats
 from see_ray.serving.answer_stream import CHAT, COMPLETION, AnswerStream, ChoiceAccumulator, choice_chunks, merge
 from see_ray.serving.openai_responses import SSE_DONE, Head
 from see_ray.serving.request_stats import RequestStats
@@ -47,8 +47,8 @@ def source() -> Source:
 def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     """Counts reported to the metrics."""
     reported: list[tuple[str, float]] = []
-    monkeypatch.setattr(request_stats.metrics, "observe", lambda name, value, **labels: None)
-    monkeypatch.setattr(request_stats.metrics, "count", lambda name, value=1, **labels: reported.append((name, value)))
+    monkeypatch.setattr(metrics, "observe", lambda name, value, **labels: None)
+    monkeypatch.setattr(metrics, "count", lambda name, value=1, **labels: reported.append((name, value)))
     return reported
 
 

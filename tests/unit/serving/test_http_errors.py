@@ -51,4 +51,4 @@ def test_a_client_is_told_when_to_try_again(error: Any, header: str) -> None:
 def test_a_lasting_error_has_no_retry_after() -> None:
     response = error_response(RequestError("no", 404, code="model_not_found"))
     assert "retry-after" not in response.headers
-    assert json.loads(response.body)["error"]["code"] == "model_not_found"
+    assert json.loads(bytes(response.body))["error"]["code"] == "model_not_found"

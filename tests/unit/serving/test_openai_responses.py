@@ -46,12 +46,16 @@ def test_log_probabilities_of_a_chat_are_openais() -> None:
     logprobs = chat_logprobs([(paris, [paris, lyon])])
     body = chat_body(choices=[Choice("Paris", "stop", 0, logprobs)], usage=USAGE, see=TRACE, **HEAD)
     parsed = ChatCompletion.model_validate(body, strict=True).choices[0].logprobs
+    assert parsed is not None
+    assert parsed.content is not None
     assert [(token.token, token.logprob, token.bytes) for token in parsed.content] == [("Paris", -0.1, [*b"Paris"])]
     assert [top.bytes for top in parsed.content[0].top_logprobs] == [[*b"Paris"], [0xF0]]
 
 
 def test_log_probabilities_of_a_completion_say_where_each_token_begins() -> None:
-    tokens = [(TokenText(text, text.encode(), -0.5), []) for text in ("Par", "is")]
+    tokens: list[tuple[TokenText, list[TokenText]]] = [
+        (TokenText(text, text.encode(), -0.5), []) for text in ("Par", "is")
+    ]
     body = completion_body(
         choices=[Choice("Paris", "stop", 0, completion_logprobs(tokens, 4))],
         usage=USAGE,
@@ -59,6 +63,7 @@ def test_log_probabilities_of_a_completion_say_where_each_token_begins() -> None
         **HEAD,
     )
     parsed = Completion.model_validate(body, strict=True).choices[0].logprobs
+    assert parsed is not None
     assert (parsed.tokens, parsed.text_offset, parsed.token_logprobs) == (["Par", "is"], [4, 7], [-0.5, -0.5])
 
 
@@ -71,7 +76,7 @@ def test_several_answers_stand_in_one_body() -> None:
     ]
 
 
-def extras(model: Any) -> dict:
+def extras(model: Any) -> dict[str, Any]:
     """What an OpenAI object, with all objects inside it, holds beyond the fields of its type."""
     found = dict(model.model_extra)
     for name in type(model).model_fields:
@@ -89,6 +94,7 @@ def test_a_chat_body_is_openais_with_the_trace_added() -> None:
     assert (parsed.choices[0].message.content, parsed.choices[0].finish_reason) == ("Hello", "stop")
     assert parsed.choices[0].model_fields_set == {"index", "message", "logprobs", "finish_reason"}
     assert parsed.choices[0].message.model_fields_set == {"role", "content", "refusal"}
+    assert parsed.usage is not None
     assert parsed.usage.total_tokens == 7
     assert extras(parsed) == {"see": TRACE}
 
@@ -98,13 +104,14 @@ def test_a_completion_body_is_openais_with_the_trace_added() -> None:
     parsed = Completion.model_validate(body, strict=True)
     assert (parsed.choices[0].text, parsed.choices[0].finish_reason) == ("Hello", "length")
     assert parsed.choices[0].model_fields_set == {"index", "text", "logprobs", "finish_reason"}
+    assert parsed.usage is not None
     assert parsed.usage.prompt_tokens == 3
     assert parsed.usage.completion_tokens == 4
     assert extras(parsed) == {"see": TRACE}
 
 
 @pytest.mark.parametrize(("text", "reason", "see"), [("", None, TRACE), ("a", None, None), ("", "stop", None)])
-def test_a_chat_chunk_is_openais(text: str, reason: str | None, see: Any) -> None:
+def test_a_chat_chunk_is_openais(text: str, reason: str | None, see: dict[str, Any] | None) -> None:
     parsed = ChatCompletionChunk.model_validate(chat_chunk(Choice(text, reason), see, **HEAD), strict=True)
     assert parsed.choices[0].finish_reason == reason
     assert parsed.choices[0].model_fields_set == {"index", "delta", "logprobs", "finish_reason"}
@@ -131,6 +138,7 @@ def test_a_usage_chunk_has_usage_and_no_choices() -> None:
     parsed = ChatCompletionChunk.model_validate(usage_chunk(last, USAGE), strict=True)
     assert parsed.id == "chatcmpl-1"
     assert parsed.choices == []
+    assert parsed.usage is not None
     assert parsed.usage.total_tokens == 7
     assert extras(parsed) == {}
 

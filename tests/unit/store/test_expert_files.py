@@ -15,7 +15,7 @@ from see_ray.models.activation import Activation
 from see_ray.store.expert_files import MOST_KEPT, activation_of_manifest, kept_chats, write_expert_files
 from see_ray.store.expert_store import ExpertStore
 
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "name": "sa", "task": "sa.jsonl", "base_model": "embedded", "fingerprint": "f00d", "form": "activated",
     "activation_tokens": 2, "generation_prompt": (1, 2, 3), "indicator_tokens": (17, 18), "threshold": 0.5,
     "metrics": {}, "r": 16,
@@ -35,7 +35,7 @@ def rows(count: Any) -> Any:
     return [Row((("system", "S"), ("user", f"query {n}")), f"answer {n}", "made up") for n in range(count)]
 
 
-def write(folder: Any, held_out: Any = (), config: Any = None) -> None:
+def write(folder: Any, held_out: Any = (), config: Config | None = None) -> None:
     write_expert_files(
         folder, config=config or Config(), calibration=CALIBRATION, rehearsal=REHEARSAL, held_out=list(held_out)
     )

@@ -68,7 +68,8 @@ def live(sequence: ExpertSequence) -> list[str]:
 def test_an_empty_store_has_sequence_0(store: ExpertStore) -> None:
     assert store.head().version == 0
     assert store.head().experts == store.head().newest_first() == ()
-    assert store.history() == store.experts() == []
+    assert store.history() == []
+    assert store.experts() == []
 
 
 def test_a_saved_expert_reads_back_and_is_not_live(store: ExpertStore, folder: Path) -> None:
@@ -156,7 +157,7 @@ def test_a_folder_with_the_stores_own_files_is_refused(store: ExpertStore, folde
 
 def test_records_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
-        ExpertRef(name="sa", version=1).version = 2
+        ExpertRef(name="sa", version=1).version = 2  # type: ignore[misc]
 
 
 # Publishing
@@ -261,8 +262,13 @@ def test_a_check_that_refuses_the_new_head_leaves_the_rivals_publish_alone(
 
 def test_a_lost_race_notices_that_the_name_is_now_taken(store: ExpertStore, folder: Path, tmp_path: Path) -> None:
     rival, first, second = ExpertStore.open(tmp_path / "store"), save(store, folder), save(store, folder)
+
+    def race(head: ExpertSequence) -> None:
+        if not head.experts:
+            rival.publish(first)
+
     with pytest.raises(ConflictError, match="sa@1 is live"):
-        store.publish(second, check=lambda head: None if head.experts else rival.publish(first) and None)
+        store.publish(second, check=race)
     assert live(store.head()) == ["sa@1"]
 
 
@@ -272,8 +278,12 @@ def test_losing_every_race_ends_in_a_conflict(
     monkeypatch.setattr(sequence_log, "_TRIES", 3)
     rival = ExpertStore.open(tmp_path / "store")
     theirs = iter([save(store, folder, f"rival{i}") for i in range(4)])
+
+    def race(head: ExpertSequence) -> None:
+        rival.publish(next(theirs))
+
     with pytest.raises(ConflictError, match="3 times"):
-        store.publish(save(store, folder), check=lambda head: rival.publish(next(theirs)) and None)
+        store.publish(save(store, folder), check=race)
     assert store.head().version == 3
 
 
@@ -389,9 +399,14 @@ def test_head_looks_only_at_the_end_of_a_long_log(
     for name in ("qa", "sa", "pe"):
         store.publish(save(store, folder, name))
     store.head()
-    listed = []
+    listed: list[list[str]] = []
     real = store._objects.list
-    monkeypatch.setattr(store._objects, "list", lambda *args, **kw: listed.append(real(*args, **kw)) or listed[-1])
+
+    def noted(*args: Any, **options: Any) -> list[str]:
+        listed.append(real(*args, **options))
+        return listed[-1]
+
+    monkeypatch.setattr(store._objects, "list", noted)
     assert store.head().version == 3
     assert listed == [["sequence/00000003.json"]]
 
@@ -409,7 +424,11 @@ def test_foreign_files_beside_the_snapshots_are_ignored(store: ExpertStore, fold
 def publish_and_die(url: str, folder: Path) -> None:
     store = ExpertStore.open(url)
     real = store._objects.create
-    store._objects.create = lambda path, data: os._exit(9) if path.endswith("manifest.json") else real(path, data)
+
+    def create(path: str, data: bytes) -> bool:
+        return os._exit(9) if path.endswith("manifest.json") else real(path, data)
+
+    store._objects.create = create  # type: ignore[method-assign]
     save(store, folder)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from see_ray.errors import ConflictError, StoreError
 from see_ray.store.expert_store import ExpertStore
-from see_ray.store.records import ExpertRef
+from see_ray.store.records import ExpertRef, ExpertSequence
 
 
 class SmallS3(ThreadingHTTPServer):
@@ -125,7 +125,12 @@ def test_the_whole_life_of_an_expert_in_a_bucket(s3: SmallS3, tmp_path: Path) ->
 def test_a_lost_race_in_a_bucket_takes_the_next_version(s3: SmallS3, tmp_path: Path) -> None:
     store, rival = ExpertStore.open("s3://bucket/team"), ExpertStore.open("s3://bucket/team")
     ours, theirs = save(store, tmp_path, "sa"), save(store, tmp_path, "qa")
-    sequence = store.publish(ours, check=lambda head: None if head.experts else rival.publish(theirs) and None)
+
+    def race(head: ExpertSequence) -> None:
+        if not head.experts:
+            rival.publish(theirs)
+
+    sequence = store.publish(ours, check=race)
     assert [ref.id for ref in sequence.experts] == ["qa@1", "sa@1"]
 
 

@@ -100,7 +100,7 @@ def test_another_version_of_vllm_is_left_alone(
     monkeypatch.setattr(vllm, "__version__", version)
     monkeypatch.setattr(vllm_plugin, "_problem", "not loaded")
     vllm_plugin.register()
-    assert version in vllm_plugin.problem()
+    assert version in (vllm_plugin.problem() or "")
     assert kv_cache_utils.generate_block_hash_extra_keys is before
     assert version in caplog.text
 
@@ -111,7 +111,7 @@ def test_a_function_that_is_not_what_it_was_is_found(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(vllm_plugin, "_problem", "not loaded")
     monkeypatch.setattr(LoRAModelRunnerMixin, "set_active_loras", lambda self, batch: None)
     vllm_plugin.register()
-    assert "LoRAModelRunnerMixin.set_active_loras" in vllm_plugin.problem()
+    assert "LoRAModelRunnerMixin.set_active_loras" in (vllm_plugin.problem() or "")
 
 
 def test_registering_again_changes_nothing() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy
 import pytest
 
+from see_ray.config import Config
 from see_ray.evaluate.baselines import routers, ssr
-from see_ray.models.base_model import load_model
+from see_ray.models.base_model import BaseModel, load_model
 
 QUERIES = {
     "recipes": ["How do I bake bread?", "Give me a recipe for lentil soup.", "How long must rice cook?"],
@@ -54,7 +55,7 @@ def test_the_diverse_part_has_something_of_each_kind() -> None:
     assert {kind_of[text] for text in ssr.diverse(list(kind_of), 2, 0)} == {"recipes", "planets"}
 
 
-def test_hidden_states_do_not_depend_on_what_stands_beside_them(base: Any, config: Any) -> None:
+def test_hidden_states_do_not_depend_on_what_stands_beside_them(base: BaseModel, config: Config) -> None:
     model = load_model(base, config.base_model, "cpu")
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
     together = routers.hidden_states(model, prompts)
