@@ -22,7 +22,7 @@ def data_option(*, required: bool = True) -> Callable[[F], F]:
     return click.option("--data", type=folder, required=required, help="Folder of NAME.train.jsonl, NAME.test.jsonl.")
 
 
-class Names(click.ParamType[list[str]]):
+class Names(click.ParamType):  # type: ignore[type-arg]
     """Strings, separated by commas; an empty text is no string."""
 
     name = "names"
@@ -31,7 +31,7 @@ class Names(click.ParamType[list[str]]):
         return value if isinstance(value, list) else [item for item in value.split(",") if item]
 
 
-class Numbers(click.ParamType[list[int]]):
+class Numbers(click.ParamType):  # type: ignore[type-arg]
     """Whole numbers, separated by commas."""
 
     name = "numbers"

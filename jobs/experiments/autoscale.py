@@ -37,11 +37,12 @@ def main(config: Config, profiles: str, topologies: str, policies: str, **size: 
     """Run every profile at every topology and policy."""
     from loadtest.experiment import Experiment, run_experiment
     from loadtest.report import summary_table
-    from loadtest.scenario import POLICIES, Scenario
+    from loadtest.scenario import Scenario
+    from loadtest.scenario import policies as named_policies
 
     from see_ray.cli.progress_bar import TerminalListener
 
-    scaling = [POLICIES[name] for name in policies.split(",")]
+    scaling = named_policies(policies)
     load = [Scenario.parse(text) for text in profiles.split(",")]
     with TerminalListener() as listener:
         summaries = run_experiment(config, Experiment(**size), topologies.split(","), scaling, load, listener)

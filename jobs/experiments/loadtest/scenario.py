@@ -51,6 +51,17 @@ POLICIES = {
 }
 
 
+def policies(names: str) -> list[Policy]:
+    """The policies that a comma-separated list names.
+
+    Raises:
+        ConfigError: there is no such policy.
+    """
+    if unknown := [name for name in names.split(",") if name not in POLICIES]:
+        raise ConfigError(f"no scaling policy {unknown[0]!r}; there are {', '.join(POLICIES)}")
+    return [POLICIES[name] for name in names.split(",")]
+
+
 @dataclass(frozen=True)
 class Scenario:
     """The load of one run.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from loadtest.scenario import POLICIES, Scenario
+from loadtest.scenario import POLICIES, Scenario, policies
 
 from see_ray.config import load_config
 from see_ray.errors import ConfigError
@@ -27,3 +27,12 @@ def test_a_scene_is_read_from_a_line() -> None:
 def test_what_is_no_scene_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"profile"):
         Scenario.parse(text)
+
+
+def test_policies_are_read_from_a_list() -> None:
+    assert [policy.name for policy in policies("zero,fixed")] == ["zero", "fixed"]
+
+
+def test_an_unknown_policy_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(ConfigError, match="no scaling policy 'slow'; there are fixed, quick, steady, zero"):
+        policies("fixed,slow")
