@@ -36,7 +36,7 @@ def learn(
         name: of the expert; the source's name if None.
         replace: take the place of a live expert of the same name.
         force: publish even if the expert fails a limit of the gate.
-        listener: is told of steps and progress; nothing is printed if None.
+        listener: receives steps, progress and notes; nothing is printed if None.
 
     Returns:
         The expert's manifest, the new sequence, calibration, verdict of the gate, and what the fit did.

@@ -49,7 +49,7 @@ class PrefillRequest:
         return [expert for expert in self.experts if expert_name(expert) not in self.prompt.decisions]
 
     def fail(self, error: BaseException) -> None:
-        """Raise an error in whoever waits for this request."""
+        """Fail this request: its waiting coroutine raises the error."""
         if not self.done.done():
             self.done.set_exception(error)
 

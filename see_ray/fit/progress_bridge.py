@@ -1,4 +1,4 @@
-"""A fit's status on the way to whoever watches `learn`: the listener, the tracker, and Prometheus metrics."""
+"""Forwards a fit's status to the listener of `learn`, to the tracker and to Prometheus metrics."""
 
 from __future__ import annotations
 
