@@ -31,9 +31,8 @@ from see_ray.cli.render import table
 from see_ray.cli.run import run
 from see_ray.config import Config, load_config
 from see_ray.cpus import available_cpus
-from see_ray.data.reconstruct import Example
+from see_ray.data.reconstruct import Example, ExampleEncoder
 from see_ray.data.task import SplitOptions, read_task
-from see_ray.evaluate.baselines.experiment import accept_example
 from see_ray.fit.launch import fit_expert
 from see_ray.fit.spec import FitSpec
 from see_ray.models.activation import activation_of
@@ -90,7 +89,8 @@ def accept_examples(path: Path, rows: int, base: BaseModel, config: Config) -> l
     tokenizer = load_tokenizer(base)
     activation = activation_of(tokenizer, config.base_model, config.fit)
     task = read_task(path, split=SplitOptions(max_rows=rows))
-    return [accept_example(row, tokenizer, activation) for row in task.train]
+    encoder = ExampleEncoder(tokenizer, activation)
+    return [encoder.accept(row) for row in task.train]
 
 
 def fit_once(kind: str, examples: list[Example], base: BaseModel, config: Config) -> Seconds:

@@ -103,7 +103,7 @@ def reconstruct(
         seed: makes every draw repeatable.
     """
     rng = random.Random(f"reconstruct {task.name} {seed}")
-    encode = _Encoder(tokenizer, activation)
+    encode = ExampleEncoder(tokenizer, activation)
     unseen = _UnseenQueries(task)
     queries = parts([row.prompt[-1][1] for row in (*task.train, *task.eval)])
     instructions = sorted({query.instruction for query in queries} - {""})
@@ -135,18 +135,20 @@ def reconstruct(
 
 
 @dataclass(frozen=True)
-class _Encoder:
+class ExampleEncoder:
     """Rows and queries as examples in token ids."""
 
     tokenizer: Any
     activation: Activation
 
     def accept(self, row: Row) -> Example:
+        """A row of the task: accept, its response, end of turn."""
         response = self.tokenizer(row.response, add_special_tokens=False)["input_ids"]
         prompt = tuple(encode_prompt(self.tokenizer, row.messages))
         return Example(prompt, (self.activation.accept, *response, self.tokenizer.eos_token_id), "accept", row.where)
 
     def reject(self, chat: Chat, kind: Kind, where: str) -> Example:
+        """A foreign query: the pass token alone. `where` names it in messages."""
         return Example(tuple(encode_prompt(self.tokenizer, chat)), (self.activation.refuse,), kind, where)
 
 

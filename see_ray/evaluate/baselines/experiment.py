@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from see_ray.config import BaseModelConfig, FitConfig
 from see_ray.data.general_queries import Chat, general_cache, needed_general, read_general_file, sample_general
-from see_ray.data.reconstruct import Example
+from see_ray.data.reconstruct import Example, ExampleEncoder
 from see_ray.data.rows import Row
 from see_ray.data.task import Task
 from see_ray.evaluate.baselines import routers
@@ -29,7 +29,7 @@ from see_ray.evaluate.result_cache import cached_by_prompt, digest, write_json
 from see_ray.fit.local import fit_local
 from see_ray.fit.report import Comparison
 from see_ray.fit.spec import SETTINGS_WITHOUT_EFFECT_ON_RESULT, FitSpec
-from see_ray.models.activation import Activation, activation_of, encode_prompt
+from see_ray.models.activation import Activation, activation_of
 from see_ray.models.base_model import BaseModel, find, load_model, load_tokenizer
 from see_ray.routing.chain import GENERALIST
 
@@ -106,7 +106,8 @@ class Experiment:
 
     def accept_examples(self, rows: Sequence[Row], form: str = "activated") -> list[Example]:
         """Rows as accept examples."""
-        return [accept_example(row, self.tokenizer, self.activation(form)) for row in rows]
+        encoder = ExampleEncoder(self.tokenizer, self.activation(form))
+        return [encoder.accept(row) for row in rows]
 
     def fit(
         self,
@@ -185,13 +186,6 @@ class Experiment:
         from see_ray.engine.interface import Expert
 
         return Expert(fit.key, fit.folder, self.activation(fit.form))
-
-
-def accept_example(row: Row, tokenizer: Any, activation: Activation) -> Example:
-    """A row as an accept example."""
-    response = tokenizer(row.response, add_special_tokens=False)["input_ids"]
-    target = (activation.accept, *response, tokenizer.eos_token_id)
-    return Example(tuple(encode_prompt(tokenizer, row.messages)), target, "accept", row.where)
 
 
 @functools.lru_cache(maxsize=1)
