@@ -27,13 +27,27 @@ from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus, JobSubmissionClient
 from see_ray import cluster as see_cluster
 see_cluster.set_environment()
+
+
+def submit(client, **job):
+    # The job agent of the node starts after the dashboard, which answers already.
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
 head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": int(sys.argv[2])}
 cluster = Cluster(initialize_head=True, head_node_args=head)
 try:
     client = JobSubmissionClient(f"http://{cluster.head_node.webui_url}")
     for arguments in ("jobs/experiments/probe.py", "jobs/experiments/autoscale.py --policies quick --help"):
         command = f"{sys.executable} {arguments}"
-        job = client.submit_job(entrypoint=command, runtime_env={"working_dir": sys.argv[1]})
+        job = submit(client, entrypoint=command, runtime_env={"working_dir": sys.argv[1]})
         ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
         while client.get_job_status(job) not in ended:
             time.sleep(0.5)
