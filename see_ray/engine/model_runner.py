@@ -22,7 +22,7 @@ from see_ray.errors import ServingError
 from see_ray.models.activation import p_accept
 from see_ray.models.attention_override import supports_packing
 from see_ray.models.base_model import BaseModel, load_model
-from see_ray.models.prefix_kv import Prefix, kv_bytes_per_token, logits_of
+from see_ray.models.prefix_kv import Prefix, logits_of
 
 EMPTY = Prefix((), (0,))
 
@@ -52,7 +52,9 @@ class ModelRunner:
         chunk = PrefillChunk(EMPTY, (0,))
         self.forward([chunk], [])
         self.example_kv = chunk.prefix.layers  # of one token: heads, head size, dtype and device
-        max_tokens = int(kv_gb * 1e9 / kv_bytes_per_token(self.model, self.model.dtype))
+        # Measured, since configurations do not tell it of all models: keys and values may have different head sizes.
+        bytes_per_token = sum(tensor.nbytes for pair in self.example_kv for tensor in pair)
+        max_tokens = int(kv_gb * 1e9 / bytes_per_token)
         self.kv_cache = KVCache(max_tokens, self.example_kv)
         self._base_logits: dict[tuple[tuple[int, ...], int], Tensor] = {}  # by probe and number of adapted tokens
 
