@@ -51,7 +51,7 @@ class TerminalListener(Listener):
             self._end_phase()
             self._line(title)
             if self._bar:
-                self._bar.show("working")
+                self._bar.restart("working")
 
     def note(self, text: str) -> None:
         """Print a line of its own."""
@@ -131,6 +131,11 @@ class _Bar(Progress):
         )
         self._shown: tuple[str, int | None] | None = None
         self._id = TaskID(0)
+
+    def restart(self, title: str) -> None:
+        """Show a title without a count, with its clock at 0."""
+        self._shown = None
+        self.show(title)
 
     def show(self, title: str, done: int = 0, total: int | None = None, detail: str = "") -> None:
         """Show this progress in place of what was shown before; its clock starts with a new title or total."""

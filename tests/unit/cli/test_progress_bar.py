@@ -98,3 +98,22 @@ def test_an_interrupted_terminal_is_left_clean(
     hidden, visible = "\x1b[?25l", "\x1b[?25h"  # the cursor
     assert shown.count(hidden) == shown.count(visible) >= 1
     assert shown.rindex(visible) > shown.rindex(hidden)
+
+
+def test_each_step_on_a_terminal_has_a_clock_of_its_own(
+    on_terminal: Callable[[Callable[[progress_bar.TerminalListener], None]], str],
+) -> None:
+    started: list[float | None] = []
+
+    def two_steps(listener: progress_bar.TerminalListener) -> None:
+        with listener:
+            for title in ("Connecting to Ray", "Starting the endpoint"):
+                listener.step(title)
+                assert listener._bar is not None
+                started.append(listener._bar.tasks[0].start_time)
+
+    on_terminal(two_steps)
+    first, second = started
+    assert first is not None
+    assert second is not None
+    assert second > first
