@@ -43,7 +43,7 @@ class Piece:
 
     Attributes:
         text: continues the answer; may be empty.
-        trace: who answers and why (`chain.Trace.body`); only in the first piece.
+        trace: who answers and why (`routing.chain.Trace.body`); only in the first piece.
         finish_reason: `stop` or `length`; only in the last piece.
     """
 

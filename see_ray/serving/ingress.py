@@ -88,7 +88,7 @@ class Ingress:
     Args:
         config: the whole configuration, as JSON.
         keys: API keys of the endpoint.
-        deployer: handle of the :class:`Deployer`; None in the `shared` topology.
+        deployer: handle of the :class:`~see_ray.serving.deployer.Deployer`; None in the `shared` topology.
     """
 
     def __init__(self, config: dict[str, Any], keys: ApiKeys, deployer: DeploymentHandle | None):
