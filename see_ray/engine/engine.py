@@ -39,6 +39,10 @@ MAX_INDICATOR_ROWS = 16
 engine is idle otherwise: the first token of the answer is then known with the decision, at less cost than a step of its
 own. Beside other requests the winner alone runs its indicator, together with their next tokens."""
 
+HANDOVER_ROUNDS = 3
+"""Rounds of the event loop between two steps. So many pass from the end of a decision, through `asyncio.gather`, until
+its caller has added the answer: the next step starts it then, instead of the one after that."""
+
 
 class EmbeddedEngine:
     """Base model, experts, cached prompts and running answers.
@@ -259,6 +263,8 @@ class EmbeddedEngine:
             except Exception as raised:
                 error = raised
             self._scheduler.process_outputs(batch, error)
+            for _ in range(HANDOVER_ROUNDS):
+                await asyncio.sleep(0)
 
     def _check_fits(self, request: GenerateRequest) -> None:
         kv_cache = self._scheduler.kv_cache
