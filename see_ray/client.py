@@ -1,9 +1,9 @@
-"""The HTTP client of the endpoint. It knows URLs and JSON, not experts.
+"""HTTP client of the endpoint: `Client` for scripts, and functions for the command line.
 
-    ask(url, "…")    -> the answer in pieces, as they arrive
-    route(url, "…")  -> who would answer, and why
-    ask_all, route_all: the same for many prompts, several at a time
-    health(url)      -> what is live
+    ask(url, "…")          the answer in pieces, as they arrive
+    route(url, "…")        who would answer, and why
+    ask_all, route_all     the same for many prompts, `AT_ONCE` at a time
+    health(url)            what is live
 
 Every failure is a ServingError; a request that the endpoint refuses (HTTP 4xx) is a RequestError.
 """
@@ -42,8 +42,8 @@ class Piece:
     """A piece of an answer.
 
     Attributes:
-        text: continues the answer; may be empty.
-        trace: who answers and why (`routing.chain.Trace.body`); only in the first piece.
+        text: the next characters of the answer; may be empty.
+        trace: who answers and why (the JSON of `routing.chain.Trace.body`); only in the first piece.
         finish_reason: `stop` or `length`; only in the last piece.
     """
 
@@ -85,7 +85,7 @@ def ask(
 
 
 def route(url: str, prompt: str, *, api_key: str | None = None) -> Json:
-    """The body of `POST /v1/route`: who would answer `prompt`, as a trace under `see`. Raises as :func:`ask` does."""
+    """The body of `POST /v1/route`: who would answer `prompt`, as a trace under `see`. Raises as `ask` does."""
     with _http_client(url, api_key) as client:
         response = client.post("/v1/route", json={"model": "see", "messages": _chat(prompt)})
         _check(response)
@@ -186,7 +186,7 @@ def _is_this_machine(url: str) -> bool:
 
 
 def _check(response: httpx.Response) -> None:
-    """Raise the error of a response that is one."""
+    """Raise the error that a response reports, if it reports one."""
     if response.is_success:
         return
     response.read()
@@ -243,7 +243,7 @@ class Answer:
     """A whole answer.
 
     Attributes:
-        text: of the answer.
+        text: the whole text.
         answered_by: name of the expert, or `generalist`.
         finish_reason: `stop` or `length`.
         trace: the experts that were asked, with P(accept) and threshold of each.
@@ -273,13 +273,17 @@ class Client:
     def ask(
         self, prompt: str, *, model: str = "see", max_tokens: int | None = None, temperature: float | None = None
     ) -> Answer:
-        """Ask for a whole answer; raises as :func:`ask` does.
+        """Ask for a whole answer.
 
         Args:
             prompt: one user message.
             model: `see` (routed), `see:generalist`, or `see:<expert>`.
             max_tokens: most tokens of the answer; the endpoint's default if None.
-            temperature: of sampling; the endpoint's default if None.
+            temperature: of sampling, 0 is greedy; the endpoint's default if None.
+
+        Raises:
+            RequestError: the endpoint refuses the request, with its message.
+            ServingError: there is no endpoint, it failed, or the answer broke off.
         """
         sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
         (piece,) = ask(self.url, prompt, model=model, api_key=self._api_key, stream=False, **sampling)
@@ -287,7 +291,7 @@ class Client:
         return Answer(piece.text, str(trace.get("answered_by")), piece.finish_reason or "stop", trace)
 
     def stream(self, prompt: str, *, model: str = "see", max_tokens: int | None = None) -> Iterator[Piece]:
-        """The answer piece by piece, as it is generated; raises as :func:`ask` does."""
+        """The answer piece by piece, as it is generated. Arguments and errors are those of `Client.ask`."""
         return ask(self.url, prompt, model=model, max_tokens=max_tokens, api_key=self._api_key)
 
     def route(self, prompt: str) -> Json:

@@ -1,7 +1,7 @@
 """All settings, in one YAML file with a section for each stage.
 
 Every setting has a default, so an empty file is a valid configuration. A misspelt key or a value out of bounds is a
-:class:`ConfigError` that names it. Sections are frozen: the configuration that produced an expert is saved beside it
+`ConfigError` that names it. Sections are frozen: the configuration that produced an expert is saved beside it
 (`config.yaml`) exactly as it was used.
 
 The docstring below each setting is its documentation: `docs/reference/settings.md` is generated from them.
@@ -411,7 +411,7 @@ class Config(Section):
         return {} if value is None else value
 
     def to_yaml(self) -> str:
-        """The configuration as YAML that :func:`load_config` reads back unchanged."""
+        """The configuration as YAML that `load_config` reads back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 

@@ -4,8 +4,8 @@
     read ─► reconstruct ─►  fit  ─►  threshold ─► gate ─► store ─► publish
     data/                   fit/     admission/            └─► store alone: set aside
 
-A running endpoint follows the store, so it serves the new sequence version without being told. Nothing of earlier
-experts changes on the way; only the queries that they keep for later ones are read.
+A running endpoint polls the store, so it serves the new sequence version by itself. Earlier experts are not changed;
+only the queries that they keep for later ones are read.
 """
 
 from __future__ import annotations
@@ -54,7 +54,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Learned:
-    """The result of :func:`learn`; `seconds` by step."""
+    """The result of `learn`.
+
+    Attributes:
+        manifest: of the new expert, as stored.
+        sequence: the sequence version that made it live.
+        calibration: its threshold, and what that accepts of the held-out queries.
+        gate: the gate's findings.
+        fit: what the fit did.
+        seconds: of the steps `prepare`, `fit` and `publish`.
+    """
 
     manifest: Manifest
     sequence: ExpertSequence
@@ -78,11 +87,11 @@ def learn(
 
     Raises:
         GateError: the expert failed a limit of the gate, and was set aside.
-        SeeError: a step failed; what was live before still is.
+        SeeError: a step failed; the live sequence is unchanged.
     """
     listener = listener or Listener()
     clock = _Clock()
-    while True:  # fitted again only if it takes queries of an expert published meanwhile for its own
+    while True:  # a second fit only if the expert accepts queries of another that was published during the first
         prepared = prepare(source, config, listener, replace=replace)
         clock.lap("prepare")
         with tempfile.TemporaryDirectory() as temporary:

@@ -7,10 +7,21 @@ class Listener:
     """Receives reports and ignores them; `TerminalListener` of the command line shows them."""
 
     def step(self, title: str) -> None:
-        """A step begins; `title` says what it does."""
+        """A step begins.
+
+        Args:
+            title: what the step does, for the user.
+        """
 
     def note(self, text: str) -> None:
         """A remark for the user, such as a warning."""
 
     def progress(self, title: str, done: int, total: int, detail: str = "") -> None:
-        """Progress inside the current step: `done` of `total`."""
+        """Progress inside the current step.
+
+        Args:
+            title: what is counted.
+            done: how many are done.
+            total: how many there are.
+            detail: more about the present state, such as the loss; may be empty.
+        """

@@ -39,11 +39,11 @@ def learn(
         listener: receives steps, progress and notes; nothing is printed if None.
 
     Returns:
-        The expert's manifest, the new sequence, calibration, verdict of the gate, and what the fit did.
+        What was learned; its `manifest` describes the new expert.
 
     Raises:
         GateError: the expert failed a limit of the gate and was set aside.
-        SeeError: a step failed; what was live before still is.
+        SeeError: a step failed; the live sequence is unchanged.
     """
     from see_ray import pipeline
 
@@ -57,14 +57,14 @@ class Endpoint:
 
     Attributes:
         url: base URL, `http://host:port`; OpenAI clients take `{url}/v1`.
-        client: asks this endpoint.
+        client: a client of this endpoint, with its API key.
     """
 
     def __init__(self, url: str, client: Client):
         self.url, self.client = url, client
 
     def stop(self) -> None:
-        """Take the endpoint down; the Ray cluster goes on."""
+        """Stop the endpoint; the Ray cluster keeps running."""
         from see_ray.serving import endpoint
 
         endpoint.stop()

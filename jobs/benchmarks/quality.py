@@ -1,6 +1,6 @@
 """Does it forget? Methods of continual learning on the same tasks, rows and base model.
 
-Runs every method of :mod:`see_ray.evaluate.baselines.methods` on tasks that arrive in order. Parts that are finished
+Runs every method of `see_ray.evaluate.baselines.methods` on tasks that arrive in order. Parts that are finished
 are kept: the same command continues where it was stopped. Prints the report, and writes report.json, report.md and
 plots.
 

@@ -2,7 +2,7 @@
 
     decisions on held-out queries ─► calibrate ─► threshold ─► gate ─► verdict
 
-`see learn` (:mod:`see_ray.pipeline`) and the comparison of methods (:mod:`see_ray.evaluate.baselines.methods`) both
+`see learn` (`see_ray.pipeline`) and the comparison of methods (`see_ray.evaluate.baselines.methods`) both
 go this way, so that an expert is judged alike in both.
 """
 

@@ -2,7 +2,7 @@
 
 candidate ─► gate ─► store ─► publish ─► live
     ▲         └─► store alone: set aside
-    └── decide on the queries of experts published meanwhile ◄── publish
+    └── decide on the queries of experts that were published during the fit ◄── publish
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 def configured(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that set the configuration; the command receives it as `config`.
 
-    Precedence, lowest first: the file, `--set`, the short forms in :data:`SETTINGS`.
+    Precedence, lowest first: the file, `--set`, the short forms in `SETTINGS`.
     """
     set_help = "Change one setting, such as fit.r=32; the value is YAML. Repeatable; wins over the file."
 

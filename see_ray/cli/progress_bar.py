@@ -22,7 +22,7 @@ class TerminalListener(Listener):
     """Shows steps, notes and progress; leaves the terminal clean at the end of its `with` block.
 
     Thread-safe. On a terminal there is one bar at the bottom, and what is finished stays as a line above it. Elsewhere
-    there are only lines: each step once, progress at most every :data:`PLAIN_EVERY_S` seconds and at its end.
+    there are only lines: each step once, progress at most every `PLAIN_EVERY_S` seconds and at its end.
 
     Args:
         stream: where to write; stderr where None.

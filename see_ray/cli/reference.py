@@ -79,7 +79,7 @@ def _contexts(command: click.Command, name: str, parent: click.Context | None = 
 
 
 def settings_page() -> str:
-    """Every section of :class:`Config` as a table."""
+    """Every section of `Config` as a table."""
     intro = (
         "# Settings\n\n"
         "Settings come from a YAML file (`--config FILE`) and from `--set SECTION.FIELD=VALUE`, which wins over the\n"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from see_ray.store.records import ExpertSequence, Manifest
 
 SHOWN_PROMPT = 800
-"""Characters of a prompt that :func:`print_prepared` shows."""
+"""Characters of a prompt that `print_prepared` shows."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, markdown: bool = False) -> str:

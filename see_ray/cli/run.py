@@ -16,7 +16,7 @@ from see_ray.errors import BadRowsError, SeeError
 def run(command: click.Command, args: list[str] | None = None, name: str | None = None) -> None:
     """Run a command and exit with its code.
 
-    A :class:`SeeError` is printed as one line on stderr, with exit code 1; `SEE_DEBUG=1` raises it instead. Ctrl-C is
+    A `SeeError` is printed as one line on stderr, with exit code 1; `SEE_DEBUG=1` raises it instead. Ctrl-C is
     exit code 130. A warning of our own, such as of a renamed setting, is one line on stderr.
 
     Args:

@@ -1,7 +1,7 @@
 """General queries for a task: from the configured file, from the cache, or sampled on the cluster.
 
 Sampling runs as a Ray task with the resources of one fit worker, once for each base model and seed; how and what is
-sampled is in :mod:`see_ray.data.general_queries`.
+sampled is in `see_ray.data.general_queries`.
 """
 
 from __future__ import annotations

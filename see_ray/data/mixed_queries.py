@@ -80,7 +80,7 @@ def instruction_of(text: str) -> str:
 def is_near(text: str, instructions: Sequence[str]) -> bool:
     """Whether a text may ask for the same as one of the instructions, in other words.
 
-    It may if the two have at least the share :data:`NEAR` of the words of the shorter one in common; only words of four
+    It may if the two have at least the share `NEAR` of the words of the shorter one in common; only words of four
     letters and more count.
     """
     words = set(_WORD.findall(text.lower()))

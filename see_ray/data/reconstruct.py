@@ -4,8 +4,8 @@ Every row (query, response) becomes (query, accept, response), and queries that 
 (query, pass), without a response. Foreign queries come from three sources:
 
     rehearsal    samples of their queries that earlier experts keep in the expert store
-    general      queries that belong to no task (:mod:`see_ray.data.general_queries`)
-    mixed        a general query's instruction with an input of this task (:mod:`see_ray.data.mixed_queries`)
+    general      queries that belong to no task (`see_ray.data.general_queries`)
+    mixed        a general query's instruction with an input of this task (`see_ray.data.mixed_queries`)
 
 The last two need no data. A part of the foreign queries and the task's eval rows are held out, to choose the threshold.
 """
@@ -99,7 +99,7 @@ def reconstruct(
         activation: gives the indicator tokens.
         config: shares and sizes.
         earlier: for each live expert, the (rehearsal queries, eval queries) that it keeps.
-        general: general queries; at least :func:`~see_ray.data.general_queries.needed_general` of them.
+        general: general queries; at least `see_ray.data.general_queries.needed_general` of them.
         seed: makes every draw repeatable.
     """
     rng = random.Random(f"reconstruct {task.name} {seed}")
@@ -180,7 +180,7 @@ class _Negatives:
     Attributes:
         kind: where they come from.
         train: (what messages call it, query) of each that is fitted on.
-        held_out: (source, query) of each that is held out; see :attr:`Reconstruction.foreign`.
+        held_out: (source, query) of each that is held out; see `Reconstruction.foreign`.
     """
 
     kind: Kind

@@ -44,8 +44,8 @@ class Record:
     """A row as it was read, before it is checked.
 
     Attributes:
-        where: its place, for messages: see :attr:`Row.where`.
-        value: the decoded JSON or parquet value; a :class:`BadRow` if it could not be decoded, so that reading goes on
+        where: its place, for messages: see `Row.where`.
+        value: the decoded JSON or parquet value; a `BadRow` if it could not be decoded, so that reading goes on
             and all bad rows are reported together.
     """
 
@@ -94,7 +94,7 @@ class TokenLimit:
             raise ConfigError(f"expected a max_length of at least 1, found {self.max_length}")
 
     def check(self, row: Row) -> None:
-        """Raise :class:`BadRow` if the row is too long."""
+        """Raise `BadRow` if the row is too long."""
         if (tokens := self.count_tokens(row)) > self.max_length:
             raise BadRow(f"{tokens} tokens long; at most {self.max_length} fit")
 
@@ -133,7 +133,7 @@ def read_rows(
 
 
 def parse_row(record: Record) -> Row:
-    """Check a record and turn it into a row; raises :class:`BadRow` with the reason if it has none of the shapes."""
+    """Check a record and turn it into a row; raises `BadRow` with the reason if it has none of the shapes."""
     if isinstance(record.value, BadRow):
         raise record.value
     value = _object(record.value, "the row")

@@ -6,7 +6,7 @@
 
 In a folder and on the hub, the eval split is the first that exists of eval, validation, dev and test. Blank lines are
 skipped; CRLF line ends and a byte order mark are accepted. This module finds and decodes records; what a record must
-hold is checked in :mod:`see_ray.data.rows`.
+hold is checked in `see_ray.data.rows`.
 """
 
 from __future__ import annotations

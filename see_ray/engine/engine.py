@@ -213,13 +213,13 @@ class EmbeddedEngine:
             prompt.ref_count -= 1
 
     async def export_prefix(self, prompt: Sequence[int]) -> PrefixArrays:
-        """Keys and values of a prompt under the base model, for :meth:`import_prefix` on another engine."""
+        """Keys and values of a prompt under the base model, for `import_prefix` on another engine."""
         await self._prefill(prompt, [None], max_indicator_rows=0)
         prefix = self._prefix_cache.match(tuple(prompt), None).prefix
         return await asyncio.get_running_loop().run_in_executor(self._thread, prefix.arrays)
 
     def import_prefix(self, prompt: Sequence[int], arrays: PrefixArrays) -> None:
-        """Add what another engine's :meth:`export_prefix` returned for a prompt to the prefix cache."""
+        """Add what another engine's `export_prefix` returned for a prompt to the prefix cache."""
         if arrays:
             like = self._runner.example_kv[0][0]
             self._prefix_cache.insert(tuple(prompt), None, Prefix.of_arrays(arrays, like))
@@ -229,7 +229,7 @@ class EmbeddedEngine:
     async def _prefill(
         self, prompt: Sequence[int], experts: Sequence[LoadedExpert | None], max_indicator_rows: int
     ) -> dict[str | None, DecisionRow]:
-        """The decision rows of experts (None: the generalist) behind a prompt; see :class:`PrefillRequest`."""
+        """The decision rows of experts (None: the generalist) behind a prompt; see `PrefillRequest`."""
         cached = self._prefix_cache.match(tuple(prompt), _owner(experts))
         self._on_stats("hit", cached.num_cached)
         self._on_stats("miss", cached.num_uncached)

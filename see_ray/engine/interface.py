@@ -116,15 +116,17 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Token, None]:
-        """The tokens of an answer, one by one, without an end-of-turn token. An expert's follow its accept
-        indicator, which is not among them."""
+        """The tokens of an answer, one by one, without the end-of-turn token.
+
+        An expert's answer is generated after its accept indicator, which is not returned.
+        """
         ...
 
     async def export_prefix(self, prompt: Sequence[int]) -> PrefixArrays:
-        """Keys and values of a prompt as the base model computes them, for :meth:`import_prefix` of another engine.
+        """Keys and values of a prompt as the base model computes them, for `import_prefix` of another engine.
 
         Raises:
-            ServingError: this engine cannot hand them on.
+            ServingError: this engine cannot export them.
         """
         ...
 
@@ -132,7 +134,7 @@ class Engine(Protocol):
         """Use a prompt's keys and values that another engine of the same base model has computed.
 
         Raises:
-            ServingError: this engine cannot take them.
+            ServingError: this engine cannot import them.
         """
 
     def check_health(self) -> None:

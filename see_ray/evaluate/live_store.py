@@ -3,7 +3,7 @@
 R comes from the store's history: row i is the sequence version in which the i-th task's expert was published, and the
 last row is the live version. An expert never changes, so each expert decides on each query once, and answers once the
 queries that it gets in any version; the walk over every version is replayed from these decisions
-(:mod:`see_ray.routing.replay`).
+(`see_ray.routing.replay`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The results of an evaluation, and their summary over methods and seeds.
 
-A :class:`Result` is one method with one seed, or what is live in an expert store. :func:`summary` turns results into
+A `Result` is one method with one seed, or what is live in an expert store. `summary` turns results into
 the JSON that reports are made of: means over the seeds and their standard deviation, curves and confusions.
 """
 

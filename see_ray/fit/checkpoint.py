@@ -31,7 +31,7 @@ KEPT = 2
 """Checkpoints of one fit that are kept: the newest and the one before it."""
 
 _STATE_KEY = "position"
-"""Key of the :class:`TrainState` in the file's metadata."""
+"""Key of the `TrainState` in the file's metadata."""
 
 _NAME = re.compile(r"([0-9]{8})-([0-9a-f]{64})\.safetensors")
 

@@ -61,7 +61,7 @@ def initialize_engine(module: ExpertLoss, config: dict[str, Any]) -> tuple[Any, 
 
     Args:
         module: its trainable parameters are optimized.
-        config: of :func:`deepspeed_config`.
+        config: of `deepspeed_config`.
     """
     import deepspeed
 

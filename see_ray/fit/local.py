@@ -113,7 +113,7 @@ def learning_rate_factor(step: int, warmup: int, steps: int) -> float:
 
 
 class _TorchEngine:
-    """A training engine of PyTorch alone: :class:`see_ray.fit.rank_model.TrainingEngine`."""
+    """A training engine of PyTorch alone: `see_ray.fit.rank_model.TrainingEngine`."""
 
     def __init__(self, peft: Any, activation: Activation, config: FitConfig, steps: int, start: Path | None):
         import torch

@@ -46,7 +46,7 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
 
 def restore(engine: Any, tensors: dict[str, Tensor]) -> None:
-    """Load what :func:`gather` returned, on any number of ranks. Collective.
+    """Load what `gather` returned, on any number of ranks. Collective.
 
     The engine must have taken a step on any batch, since optimizers create their state in the first one; all of it
     is overwritten.

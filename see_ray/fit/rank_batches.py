@@ -106,7 +106,7 @@ class RankBatches:
     def _forward(
         self, micro_batches: Sequence[list[list[int]]], number: int, factors: tuple[float, float]
     ) -> tuple[Tensor, Tensor]:
-        """This rank's `number`-th micro-batch through :class:`see_ray.fit.loss.ExpertLoss`.
+        """This rank's `number`-th micro-batch through `see_ray.fit.loss.ExpertLoss`.
 
         A rank that has fewer of them reads one example without effect, since `backward` is collective.
 

@@ -16,7 +16,7 @@ from see_ray.models.prefix_kv import Prefix, prefill
 
 
 class TrainingEngine(Protocol):
-    """What a fit uses of DeepSpeed's engine; :mod:`see_ray.fit.local` has one of PyTorch alone."""
+    """What a fit uses of DeepSpeed's engine; `see_ray.fit.local` has one of PyTorch alone."""
 
     module: ExpertLoss
     global_steps: int
@@ -37,7 +37,7 @@ class RankModel:
     """One rank's model.
 
     Attributes:
-        engine: around :class:`see_ray.fit.loss.ExpertLoss`.
+        engine: around `see_ray.fit.loss.ExpertLoss`.
         activation: where prompts are split.
         rank: of this worker, from 0.
         world_size: number of workers.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 RESULT_FILE = "result.json"
-"""What rank 0 leaves beside the adapter for the driver: a :class:`Fitted` as JSON."""
+"""What rank 0 leaves beside the adapter for the driver: a `Fitted` as JSON."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class Fitted:
     comparison: Comparison | None = None
 
     def write(self, folder: Path) -> None:
-        """Write :data:`RESULT_FILE` to a folder."""
+        """Write `RESULT_FILE` to a folder."""
         (folder / RESULT_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> Fitted:
-        """Read what :meth:`write` wrote."""
+        """Read what `write` wrote."""
         data = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
         comparison = Comparison(**data["comparison"]) if data["comparison"] else None
         return Fitted(FitSummary(**data["summary"]), data["decisions"], comparison)

@@ -94,7 +94,7 @@ class StatusReporter:
     """Sends a rank's status to the actor without waiting; only rank 0 sends.
 
     Args:
-        actor: handle of :class:`FitStatusActor`.
+        actor: handle of `FitStatusActor`.
         rank: of this worker.
     """
 
@@ -123,7 +123,7 @@ def status_forwarded(actor: Any, needed: str, listener: FitListener) -> Iterator
     """Poll the actor in a thread while the block runs, and hand what is new to a listener.
 
     Args:
-        actor: handle of :class:`FitStatusActor`.
+        actor: handle of `FitStatusActor`.
         needed: resources of the workers, as a person reads them while the workers are waiting for them.
         listener: called from that thread, and once more at the end from the caller's.
     """

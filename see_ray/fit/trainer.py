@@ -41,7 +41,7 @@ def fit_rank(settings: dict[str, Any]) -> None:
     """Run one rank of a fit; rank 0 reports progress and the adapter.
 
     Args:
-        settings: what :func:`see_ray.fit.launch.fit_expert` sends.
+        settings: what `see_ray.fit.launch.fit_expert` sends.
 
     Raises:
         FingerprintError: this node has another base model than the driver.
@@ -64,7 +64,7 @@ class Trainer:
     """One rank's run, from the base model to the adapter.
 
     Args:
-        settings: what :func:`see_ray.fit.launch.fit_expert` sends.
+        settings: what `see_ray.fit.launch.fit_expert` sends.
         config: of the fit.
     """
 

@@ -48,7 +48,7 @@ def run_packed(model: Any, input_ids: Sequence[int], position_ids: Tensor, atten
     """Run the decoder over a packed sequence.
 
     Args:
-        model: a causal language model of transformers for which :func:`supports_packing` holds.
+        model: a causal language model of transformers for which `supports_packing` holds.
         input_ids: the tokens of all rows, one after another.
         position_ids: [tokens], each token's position in its own row.
         attention: attends in place of the model's own attention.

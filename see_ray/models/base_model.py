@@ -4,7 +4,7 @@
 with a fingerprint; `load_tokenizer` and `load_model` read that folder. Code of a model repository is never run
 (`trust_remote_code` is off), and pickled weights are refused, since loading them runs code, too.
 
-GGUF files are dequantized once, into a folder of the cache (:mod:`see_ray.models.cache`).
+GGUF files are dequantized once, into a folder of the cache (`see_ray.models.cache`).
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Prefix:
         return Prefix(tuple((k[:, :, :length], v[:, :, :length]) for k, v in self.layers), (length,))
 
     def arrays(self) -> list[Any]:
-        """The tensors as NumPy arrays, to send to another process; :meth:`of_arrays` is the inverse."""
+        """The tensors as NumPy arrays, to send to another process; `of_arrays` is the inverse."""
         tensors = [tensor.detach().cpu() for pair in self.layers for tensor in pair]
         # NumPy has no bfloat16, so its bytes are sent as int16.
         return [t.contiguous().view(torch.int16 if t.element_size() == 2 else t.dtype).numpy() for t in tensors]
@@ -59,7 +59,7 @@ class Prefix:
         """A single-row prefix from the arrays of another process.
 
         Args:
-            arrays: what :meth:`arrays` returned. On the CPU they are not copied, so they must not be written to.
+            arrays: what `arrays` returned. On the CPU they are not copied, so they must not be written to.
             like: a tensor of the dtype and device that the prefix is to have.
         """
         with warnings.catch_warnings():

@@ -16,7 +16,7 @@ from see_ray.errors import ServingError
 from see_ray.routing.chain import Trace
 
 EXPORTER = f"{__name__}:span_processors"
-"""Import path of :func:`span_processors`, for Serve, which calls it in each of its processes."""
+"""Import path of `span_processors`, for Serve, which calls it in each of its processes."""
 
 
 def span_processors() -> list[Any]:

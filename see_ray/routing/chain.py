@@ -5,9 +5,9 @@
          ▼                     ▼
        answers               answers
 
-Each expert decides for itself: P(accept) against its own threshold. The first expert in order that accepts
-answers the query; if none does, the generalist answers it. There is no router. This module knows neither models
-nor Ray: the caller passes an async function that gets one expert's decision.
+Each expert compares its own P(accept) with its own threshold. The first expert in order that accepts answers the query;
+if none does, the generalist answers it. There is no router. This module imports neither models nor Ray: the caller
+passes an async function that returns one expert's P(accept).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 An expert never changes, so neither does its decision on a query. Once every expert has decided on a query, the
 outcome of the walk follows for any version of the sequence and any thresholds, without asking again. A test
-checks that the replay gives what :func:`see_ray.routing.chain.walk` gives.
+checks that the replay gives what `see_ray.routing.chain.walk` gives.
 """
 
 from __future__ import annotations

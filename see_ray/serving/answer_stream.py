@@ -2,7 +2,7 @@
 
 TextChunk of each answer ──► choice_chunks ──┐
                              choice_chunks ──┼─► merge ──► AnswerStream ──► body() or events()
-                             …            ──┘
+                             …             ──┘
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ChoiceChunk(NamedTuple):
 async def choice_chunks(
     answer: AsyncGenerator[TextChunk, None], index: int, tokenizer: Any, logprobs: Callable[..., Json] | None
 ) -> AsyncGenerator[ChoiceChunk, None]:
-    """The chunks of a request's answer number `index`; with `logprobs`, of its :class:`EndpointFormat`, they hold
+    """The chunks of a request's answer number `index`; with `logprobs`, of its `EndpointFormat`, they hold
     log-probabilities."""
     length = 0
     async with aclosing(answer):

@@ -39,7 +39,7 @@ STATUS_POLL_S = 0.25
 class Deployer:
     """The single replica that starts and deletes the experts' applications.
 
-    Serve's client calls block, so all work on applications is done on a thread; :meth:`live` and :meth:`expert_of`
+    Serve's client calls block, so all work on applications is done on a thread; `live` and `expert_of`
     are answered meanwhile.
 
     Args:

@@ -64,7 +64,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def build_generalist(args: dict[str, Any]) -> serve.Application:
-    """The generalist's application for the same Serve config file; `args` as in :func:`build`."""
+    """The generalist's application for the same Serve config file; `args` as in `build`."""
     return replica_app(Config.model_validate(args), None)
 
 

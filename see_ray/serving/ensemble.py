@@ -86,7 +86,7 @@ class Ensemble(EngineHost):
             decisions.cancel()
 
     async def answer(self, request: GenerateRequest, answerer: str | None) -> AsyncIterator[Trace | TextChunk]:
-        """The trace, then the answer as text; `answerer` is as in :meth:`route`, and `request.expert` is ignored."""
+        """The trace, then the answer as text; `answerer` is as in `route`, and `request.expert` is ignored."""
         trace = await self.route(request.prompt, answerer)
         yield trace
         expert = None if trace.answered_by == GENERALIST else trace.answered_by

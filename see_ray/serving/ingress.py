@@ -62,7 +62,7 @@ web.add_exception_handler(HTTPException, unknown_url)
 
 
 def guarded(endpoint: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
-    """Wrap an endpoint of :class:`Ingress`: authenticate, answer exceptions in OpenAI's format, count the request."""
+    """Wrap an endpoint of `Ingress`: authenticate, answer exceptions in OpenAI's format, count the request."""
 
     @functools.wraps(endpoint)
     async def wrapper(self: Ingress, request: Request, **path_params: str) -> Response:
@@ -88,7 +88,7 @@ class Ingress:
     Args:
         config: the whole configuration, as JSON.
         keys: API keys of the endpoint.
-        deployer: handle of the :class:`~see_ray.serving.deployer.Deployer`; None in the `shared` topology.
+        deployer: handle of the `serving.deployer.Deployer`; None in the `shared` topology.
     """
 
     def __init__(self, config: dict[str, Any], keys: ApiKeys, deployer: DeploymentHandle | None):

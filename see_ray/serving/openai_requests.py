@@ -142,7 +142,7 @@ class GenerationBody(_StrictModel):
         raise NotImplementedError
 
     def to_sampling_params(self, max_tokens: int, default_temperature: float) -> SamplingParams:
-        """Sampling parameters of the answer; the caller resolves `max_tokens` from :attr:`token_limit`."""
+        """Sampling parameters of the answer; the caller resolves `max_tokens` from `token_limit`."""
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=default_temperature if self.temperature is None else self.temperature,

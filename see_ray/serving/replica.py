@@ -107,7 +107,7 @@ class Replica(EngineHost):
 
     async def generate(self, request: GenerateRequest, prefix: PrefixArrays | None = None) -> AsyncIterator[TextChunk]:
         """The answer as text. It is this replica's expert that answers, whoever `request.expert` is; `prefix` is as
-        in :meth:`decide`."""
+        in `decide`."""
         request = replace(request, expert=await self._expert_name())
         if prefix:
             self._engine.import_prefix(request.prompt, prefix)

@@ -16,7 +16,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class StoreFollower:
-    """Polls an expert store until cancelled. Whoever owns it runs :meth:`run` as a task.
+    """Polls an expert store until cancelled. Whoever owns it runs `run` as a task.
 
     Args:
         url: of the expert store.

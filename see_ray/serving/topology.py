@@ -1,7 +1,7 @@
 """How a query gets from the ingress to the experts, in either topology.
 
-per_expert   the chain is walked here, over a deployment handle to each expert's application
-shared       one call; the replica that takes it walks the chain inside
+per_expert   the ingress walks the chain, over a deployment handle to each expert's application
+shared       one call to the ensemble; the replica that takes it walks the chain
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Topology(Protocol):
     """Routes a prompt, and has it answered.
 
     In both methods `answerer` is the expert, or `generalist`, that the request names; None: the chain decides. `live`
-    is one version of the sequence, used for walk and answer alike, whatever joins or leaves meanwhile.
+    is one version of the sequence; walk and answer use the same one, even if a newer version goes live in between.
     """
 
     async def live(self) -> Live:

@@ -6,7 +6,7 @@
     config.yaml         the configuration that made the expert
 
 The adapter itself (`adapter_config.json`, `adapter_model.safetensors`) is written by PEFT, the gate's report by
-:mod:`see_ray.admission.gate`.
+`see_ray.admission.gate`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_expert_files(
         config: the configuration that made it.
         calibration: the fields of its calibration, as JSON values.
         rehearsal: queries of its task.
-        held_out: held-out rows of its task, of which the first :data:`MOST_KEPT` are kept.
+        held_out: held-out rows of its task, of which the first `MOST_KEPT` are kept.
     """
     (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
     (folder / CALIBRATION).write_text(json.dumps(calibration, indent=2), encoding="utf-8")

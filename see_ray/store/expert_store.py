@@ -48,7 +48,7 @@ class ExpertStore:
     the message names it. Further errors are listed at each method.
 
     Args:
-        store: an obstore store; :meth:`open` creates one from a URL.
+        store: an obstore store; `open` creates one from a URL.
         url: what messages call it.
     """
 
@@ -76,7 +76,7 @@ class ExpertStore:
         Args:
             folder: the adapter's PEFT folder, with whatever else the expert keeps.
             name: the expert's name.
-            fields: those of :class:`~see_ray.store.records.Manifest` other than version, created_at and files.
+            fields: those of `Manifest` other than version, created_at and files.
 
         Raises:
             StoreError: also for an invalid field or file name.
@@ -179,7 +179,7 @@ class ExpertStore:
         return data
 
     def read_text(self, ref: ExpertRef, file: str) -> str:
-        """One UTF-8 file of an expert; raises as :meth:`read_bytes` does."""
+        """One UTF-8 file of an expert; raises as `read_bytes` does."""
         with _wrap(f"read {_path(ref, file)} as text from", self.url):
             return self.read_bytes(ref, file).decode("utf-8")
 

@@ -131,7 +131,7 @@ def seal(record: Record, path: str) -> bytes:
 
 
 def unseal(kind: type[_Sealed], data: bytes, path: str, url: str) -> _Sealed:
-    """The record that :func:`seal` wrote at `path` of the store at `url`.
+    """The record that `seal` wrote at `path` of the store at `url`.
 
     Raises:
         StoreError: it is corrupt, or of a later format.

@@ -28,7 +28,7 @@ Change = Callable[[ExpertSequence], tuple[tuple[ExpertRef, ...], str]]
 
 
 class SequenceLog:
-    """The append-only log of a store; its methods are described in :class:`~see_ray.store.expert_store.ExpertStore`.
+    """The append-only log of a store; its methods are described in `ExpertStore`.
 
     Args:
         objects: of the store.

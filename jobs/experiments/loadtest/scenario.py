@@ -68,9 +68,9 @@ class Scenario:
 
     Attributes:
         text: as it was given on the command line.
-        profile: name of a profile of :func:`loadtest.generator.load_profile`.
+        profile: name of a profile of `loadtest.generator.load_profile`.
         peak: requests a second; None for the experiment's peak.
-        mix: whose queries are asked, see :func:`query_mix`.
+        mix: whose queries are asked, see `query_mix`.
         learns: whether a task arrives and is fitted during the load.
     """
 

@@ -1,4 +1,4 @@
-"""Measures the service times that :mod:`loadtest.simulation` works with.
+"""Measures the service times that `loadtest.simulation` works with.
 
 `measure_service_times` runs an engine in this process, with as many threads as a replica has and nothing else to do: it
 measures work, not queues. `add_overhead` adds what Serve, Ray and HTTP take of the processors at a live endpoint.
@@ -50,7 +50,7 @@ Prompt = list[int]
 def measure_service_times(
     config: Config, texts: Sequence[str], *, tokens: int, start: float, node: float
 ) -> ServiceTimes:
-    """Service times of one replica; `hop` and `idle` are 0, see :func:`add_overhead`.
+    """Service times of one replica; `hop` and `idle` are 0, see `add_overhead`.
 
     Args:
         config: base model, store (which must hold an expert) and threads of a replica.

@@ -110,7 +110,7 @@ class EndpointDesign:
     """How the endpoint is built and may scale.
 
     Attributes:
-        topology, min_replicas … max_wait_s: as in :class:`see_ray.config.ServeConfig`.
+        topology, min_replicas … max_wait_s: as in `see_ray.config.ServeConfig`.
         experts: names, the one that is asked first at the front.
         replicas_per_node, max_nodes: size and number of the nodes.
         cores: processors of the machine that holds all nodes, which replicas then share; 0: each replica has its own.

@@ -225,7 +225,7 @@ class VllmEngine:
         return await asyncio.wrap_future(self._submit(self._decide(prompt, experts)))
 
     def decide_now(self, prompt: Sequence[int], experts: Sequence[str]) -> list[float]:
-        """As :meth:`decide`, blocking the calling thread."""
+        """As `decide`, blocking the calling thread."""
         return self._wait(self._decide(prompt, experts))
 
     def decide_batch(self, prompts: Sequence[Sequence[int]], expert: str) -> list[float]:

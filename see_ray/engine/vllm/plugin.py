@@ -22,7 +22,7 @@ All other requests (full-form experts, the base model) are left to vLLM, but for
   ones, for all requests of a step; requests of the other kind would get wrong ones.
 
 The patched functions are private to vLLM, so the plugin supports certain versions only. With any other it leaves vLLM
-as it is, and :func:`problem` returns the reason. It supports vLLM's V1 model runner; requests on V2, whose kernels need
+as it is, and `problem` returns the reason. It supports vLLM's V1 model runner; requests on V2, whose kernels need
 a GPU and could not be tried, are rejected.
 """
 
@@ -274,7 +274,7 @@ class WorkerExtension:
     """Methods that vLLM adds to its workers (`worker_extension_cls`)."""
 
     def see_ray_problem(self) -> str | None:
-        """:func:`problem` in the worker's process."""
+        """`problem` in the worker's process."""
         return problem()
 
     def see_ray_misfits(self, adapter: int) -> list[str]:
