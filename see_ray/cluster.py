@@ -70,7 +70,7 @@ def connect() -> bool:
                 raise
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
             return True
-    except Exception as error:  # Ray raises this very class if a node does not start in time
+    except Exception as error:  # Ray raises plain Exception if a node does not start in time
         address = os.environ.get("RAY_ADDRESS") or "this machine"
         reason, _, _ = str(error).partition("\n")
         raise ServingError(f"cannot connect to Ray on {address}: {reason}") from error

@@ -10,7 +10,7 @@
     ├── GateError              a fitted expert was set aside
     ├── StoreError             the expert store cannot be read or written
     │   ├── NotFoundError      no such expert or sequence version
-    │   └── ConflictError      the change does not fit what is live now
+    │   └── ConflictError      the change is not possible in the present sequence version
     │       └── LiveError      an expert of that name is live already
     └── ServingError           the endpoint cannot start or cannot answer
         └── RequestError       a request cannot be answered as it stands (HTTP 4xx)
@@ -73,7 +73,7 @@ class NotFoundError(StoreError):
 
 
 class ConflictError(StoreError):
-    """The change does not fit what is live now."""
+    """The change is not possible in the present sequence version."""
 
 
 class LiveError(ConflictError):

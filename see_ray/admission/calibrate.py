@@ -1,9 +1,10 @@
 """Choose an expert's accept threshold on queries that it was not fitted on.
 
 P(accept) of the task's held-out rows should be above the threshold, and that of held-out foreign queries (general
-ones, and queries kept by earlier experts) below it. The threshold lets at most the given share of foreign queries in.
-Where that leaves a gap between the two samples, it is placed two thirds up the gap in log odds, since queries unlike
-any held-out one fall into the gap, too.
+ones, and queries kept by earlier experts) below it. At the threshold, the expert accepts at most the given share
+of foreign queries. If the two samples do not overlap, the threshold lies in the gap between them, two thirds of the way
+up in log odds: queries unlike any held-out one fall into the gap, too, and the
+expert should rather pass on them.
 """
 
 from __future__ import annotations

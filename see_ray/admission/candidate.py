@@ -2,8 +2,8 @@
 
     decisions on held-out queries ─► calibrate ─► threshold ─► gate ─► verdict
 
-`see learn` (`see_ray.pipeline`) and the comparison of methods (`see_ray.evaluate.baselines.methods`) both
-go this way, so that an expert is judged alike in both.
+`see learn` (`see_ray.pipeline`) and the comparison of methods (`see_ray.evaluate.baselines.methods`) both use this
+module, so that both judge an expert by the same rules.
 """
 
 from __future__ import annotations

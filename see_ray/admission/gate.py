@@ -1,18 +1,19 @@
 """The gate: whether a fitted expert may join the sequence.
 
-A new expert can harm the live ones in one way only: by accepting queries that another expert, or the generalist,
-answers better. The gate therefore checks, on rows that neither it nor an older expert was fitted on:
+A new expert can harm a live endpoint in one way: by accepting queries that another expert, or the generalist, answers
+better. The gate therefore checks, on rows that neither the new expert nor an older one was fitted on:
 
     taken          the share of each older expert's kept queries that it would accept
-    own_accepted   the share of its own held-out rows that it accepts at its threshold, which hardly any foreign
-                   query reaches; small if it cannot tell the two apart
+    own_accepted   the share of its own held-out rows that it accepts at its threshold, which is chosen so that few
+                   foreign queries reach it; small if own and foreign queries have similar P(accept)
     gain           by how much its loss on its own responses is below the generalist's
     change         whether its adapter changes the decision at all
     base_model     whether it was fitted on the base model of the live experts
 
 The limits are the section `gate` of the configuration. An expert that fails one is set aside: it is stored with a
 report and not published, unless forced. Decisions and losses are measured by the fit while the model is loaded; only
-the comparison with the generalist is extra work, on at most 32 rows. This module is arithmetic.
+the comparison with the generalist is extra work, on at most 32 rows. This module computes findings from these numbers
+and loads no model.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Finding:
     Attributes:
         limit: `taken`, `own_accepted`, `gain`, `change` or `base_model`.
         about: name of the older expert, for a limit that applies to each of them; else empty.
-        found, allowed: the measured value and its limit; None for `base_model`.
+        found: the measured value; None for `base_model`.
+        allowed: its limit; None for `base_model`.
         passed: whether the limit is kept.
         sentence: the result as a sentence.
     """
@@ -124,9 +126,9 @@ def _base_model(evidence: Evidence) -> Finding:
         return Finding("base_model", "", None, None, True, f"it belongs to {name}, and no other expert is live")
     live_name, live = evidence.live_base_model
     same = fingerprint == live
-    mine = f"it belongs to the base model {name} ({fingerprint[:12]})"
-    theirs = "as the live experts do" if same else f"but the live experts to {live_name} ({live[:12]})"
-    return Finding("base_model", "", None, None, same, f"{mine}, {theirs}")
+    candidate = f"it belongs to the base model {name} ({fingerprint[:12]})"
+    others = "as the live experts do" if same else f"but the live experts to {live_name} ({live[:12]})"
+    return Finding("base_model", "", None, None, same, f"{candidate}, {others}")
 
 
 def _taken(evidence: Evidence, allowed: float) -> list[Finding]:

@@ -1,12 +1,13 @@
-"""Join a sequence that other experts may join at the same time.
+"""Experts that others published while this one was fitted.
 
     calibrate ─► gate ─► store ─► publish ─► live
         ▲                            │ other experts were published since the task was prepared
         └── decide on their queries ◄┘
 
-Two tasks may be fitted at the same time. The expert that is published second has not seen the first one's queries.
-It decides on them before it joins, and they count as foreign queries in its calibration. Only if it cannot tell them
-from its own is it fitted again, with the newcomers' rehearsal queries among its pass examples.
+Two tasks may be fitted at the same time. The expert that is published second was not fitted to pass on the queries of
+the first, the *newcomer*. It decides on them before it joins, and they count as foreign queries in its calibration. It
+is fitted again, with the newcomer's rehearsal queries among its pass examples, only if it then accepts too few of its
+own rows.
 """
 
 from __future__ import annotations

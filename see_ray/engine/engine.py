@@ -4,10 +4,10 @@
                  event loop                       worker thread
 
 One base model serves all experts. Their requests share forwards: each step prefills prompts, runs the experts'
-decision rows where a prompt ends, and decodes one token of every running answer. No token of a prompt is computed
-twice: decisions and answers continue from the same keys and values (`engine.prefix_cache`).
+decision rows where a prompt ends, and decodes one token of every running answer. Decisions and answers continue from
+the same keys and values, so each token of a prompt is computed once (`engine.prefix_cache`).
 
-The engine knows token ids only; `engine.detokenize` makes text of them.
+The engine takes and returns token ids; `engine.detokenize` turns them into text.
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ class EmbeddedEngine:
     # --- experts -------------------------------------------------------------------------------
 
     def load(self, expert: Expert) -> None:
-        """Add an expert, or replace the one of the same name. Requests go on meanwhile.
+        """Add an expert, or replace the one of the same name. Requests in progress continue.
 
         Raises:
-            ServingError: its adapter does not fit the base model, or changes nothing. Either would make the base model
-                answer in the expert's name.
+            ServingError: its adapter does not fit the base model, or changes nothing. In both cases the answers would
+                be the base model's, under the expert's name.
         """
         loaded = LoadedExpert(expert)
         self._on_thread(lambda: self._runner.load_adapter(loaded))
@@ -141,11 +141,11 @@ class EmbeddedEngine:
         Args:
             prompt: token ids up to and including the generation prompt.
             experts: names.
-            fallback: an answer is to follow on this engine, by one of them or by the generalist, so what it starts
-                with is computed, too.
+            fallback: an answer will follow on this engine, by one of them or by the generalist, so compute what its
+                first token needs, too.
 
         Raises:
-            ServingError: no such expert, or it was unloaded meanwhile.
+            ServingError: no such expert, or it was unloaded before the decision ran.
         """
         loaded = [self._scheduler.experts[name] for name in experts]
         max_indicator_rows = MAX_INDICATOR_ROWS if fallback else 0
@@ -189,8 +189,8 @@ class EmbeddedEngine:
         An expert's answer starts after its accept indicator, as it was fitted.
 
         Raises:
-            ServingError: no such expert, it was unloaded meanwhile, or the answer may be longer than the memory for
-                keys and values.
+            ServingError: no such expert, it was unloaded before the answer started, or the answer may need more memory
+                for keys and values than `kv_gb`.
         """
         expert = None if request.expert is None else self._scheduler.experts[request.expert]
         self._check_fits(request)

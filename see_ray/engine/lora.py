@@ -1,7 +1,8 @@
-"""LoRA adapters of many experts in one base model, each token of a forward with its own.
+"""LoRA adapters of many experts in one base model; each token of a forward has an adapter of its own.
 
 In every linear layer that any expert adapts, the adapters' weights are stacked: A as [adapters, r, in], B as
-[adapters, r, out]. A forward names an adapter index for each token. Index 0 is the base model: its weights are 0.
+[adapters, r, out]. A forward gets an adapter index for each token. Index 0 is the base model alone: its weights are
+0.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class AdapterBank:
 
     @contextmanager
     def applied(self, adapters: Sequence[int]) -> Iterator[None]:
-        """Apply to each token of the forward inside the adapter of that index."""
+        """In the block, a forward applies to each token the adapter of its index; `adapters` has one index a token."""
         self.mapping = LoraMapping.of(adapters, self._model)
         try:
             yield
@@ -174,10 +175,10 @@ class LoraMapping:
 def _update_in_place(tokens_of: dict[int, list[int]], device: torch.device) -> _GroupedUpdate | None:
     """Consecutive tokens with consecutive adapters, such as N experts' decisions or one decode step, are used without a
     copy. None if they are not consecutive."""
-    tokens = [token for own in tokens_of.values() for token in own]
+    tokens = [token for adapter_tokens in tokens_of.values() for token in adapter_tokens]
     per_adapter, first = len(tokens) // len(tokens_of), min(tokens_of)
     if (
-        any(len(own) != per_adapter for own in tokens_of.values())
+        any(len(adapter_tokens) != per_adapter for adapter_tokens in tokens_of.values())
         or [*tokens_of] != [*range(first, first + len(tokens_of))]
         or tokens != [*range(tokens[0], tokens[0] + len(tokens))]
     ):
@@ -221,7 +222,7 @@ class _StackedLoraLinear(nn.Module):
         self.lora_b = linear.weight.new_zeros(1, 1, linear.out_features)
 
     def set_adapter(self, index: int, weights: tuple[Tensor, Tensor] | None, stack_size: int) -> None:
-        """Set the weights (A, B) of an index, None to 0, in a stack of that size."""
+        """Set the weights (A, B) of an index (None: zeros), in a stack of `stack_size` adapters."""
         rank = max(self.lora_a.shape[1], weights[0].shape[0] if weights else 1)
         if (stack_size, rank) != self.lora_a.shape[:2]:
             self.lora_a, self.lora_b = (_grown(stack, stack_size, rank) for stack in (self.lora_a, self.lora_b))

@@ -135,16 +135,16 @@ class ModelRunner:
             return [0.0] * len(experts)
         last_of_prompt = next(expert.num_adapted for expert in experts if expert) - 1
         activations = [expert.expert.activation if expert else None for expert in experts]
-        indicators = sorted({token for each in activations if each for token in (each.accept, each.refuse)})
+        indicators = sorted({token for point in activations if point for token in (point.accept, point.refuse)})
         logits = logits_of(self.model, rows.hidden[:, last_of_prompt], indicators).float().tolist()
         return [
-            p_accept(row[indicators.index(each.accept)], row[indicators.index(each.refuse)]) if each else 0.0
-            for each, row in zip(activations, logits, strict=True)
+            p_accept(row[indicators.index(point.accept)], row[indicators.index(point.refuse)]) if point else 0.0
+            for point, row in zip(activations, logits, strict=True)
         ]
 
     @torch.inference_mode()
     def prompt_logits(self, prompt: Sequence[int], expert: LoadedExpert, adapter: int) -> Tensor:
-        """[vocabulary], behind a prompt; with some adapter, applied where `expert` is activated."""
+        """Logits [vocabulary] after a prompt; the adapter `adapter` applies from `expert`'s activation point on."""
         chunk = _whole_prompt(prompt, expert, adapter)
         self.forward([chunk], [])
         return self.logits(chunk.decision_rows[0].hidden[0, -1:])[0]

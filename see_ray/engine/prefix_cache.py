@@ -75,7 +75,7 @@ class CachedPrompt:
     def num_tokens(self) -> int:
         """Tokens whose keys and values take memory, those of decision rows included."""
         rows = {id(decision.rows): decision.rows for decision in self.decisions.values()}
-        return self.num_cached + sum(each.num_tokens for each in rows.values())
+        return self.num_cached + sum(shared_rows.num_tokens for shared_rows in rows.values())
 
 
 @dataclass

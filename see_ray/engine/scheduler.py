@@ -1,7 +1,7 @@
 """What each step of the engine runs: one token of every running answer, prefill chunks, and the experts' decisions.
 
-Requests join and leave between two steps. The tokens of a step are bounded, so that a long prompt is prefilled in
-chunks and answers do not stall meanwhile.
+Requests join and leave between two steps. The number of tokens of a step is bounded: a long prompt is prefilled in
+chunks over several steps, so that running answers do not stall.
 """
 
 from __future__ import annotations

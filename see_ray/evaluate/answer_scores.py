@@ -6,8 +6,8 @@
     rouge_l       words shared with the reference, in order: the longest common subsequence
 
 The kind follows from a task's references (`kind_of`) unless the user names one. token_f1 and rouge_l are the ROUGE-1
-and ROUGE-L F-measures of rouge-score without stemming. Its words are runs of a-z and 0-9, so these two say little
-about texts in other scripts.
+and ROUGE-L F-measures of rouge-score without stemming. Its words are runs of a-z and 0-9, so these two are
+of little use for texts in other scripts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Metrics of continual learning and routing: AR, BWT, FWT, confusion, ROC. This module is arithmetic.
+"""Metrics of continual learning and routing: AR, BWT, FWT, confusion, ROC.
 
 R[i][j] is the score on task j after learning i tasks; row 0 is before the first task. With T tasks in order of
 arrival (Lopez-Paz and Ranzato 2017, arXiv 1706.08840; AR as in arXiv 2402.01830):
@@ -107,7 +107,7 @@ def bootstrap(by_task: Sequence[Sequence[float]]) -> Interval:
 
     Args:
         by_task: one value for each query, such as the difference between two methods' scores; at least two for
-            each task, since one query says nothing about others.
+            each task, since a single query gives no variance.
     """
     import numpy
     from scipy.stats import bootstrap as scipy_bootstrap

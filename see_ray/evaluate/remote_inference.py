@@ -81,7 +81,7 @@ class RemoteInference:
             key = _key(manifest) if manifest else GENERALIST
             return _Job(f"answers-{key}-{self._max_tokens}.json", prompts, compute)
 
-        return self._run("answering", [job(manifest, some) for manifest, some in prompts])
+        return self._run("answering", [job(manifest, of_expert) for manifest, of_expert in prompts])
 
     def _run(self, title: str, jobs: Sequence[_Job[T]]) -> list[list[T]]:
         total = sum(len(job.prompts) for job in jobs)

@@ -53,7 +53,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What one forward says about its rows.
+    """Results of one forward over held-out rows.
 
     Attributes:
         indicator_logits: of (accept, pass) behind each row's prompt.
@@ -106,8 +106,8 @@ class HeldOutRows:
                 losses = scores.response_losses()
                 response += torch.tensor([sum(losses), len(losses)])
         model.peft.train()
-        *each, loss, tokens = model.all_reduce(torch.cat([decisions, response])).tolist()
-        return EvalResult(each, loss / max(1.0, tokens))
+        *p_accepts, loss, tokens = model.all_reduce(torch.cat([decisions, response])).tolist()
+        return EvalResult(p_accepts, loss / max(1.0, tokens))
 
     @torch.no_grad()
     def compare(self) -> Comparison | None:

@@ -9,8 +9,8 @@ behind the activation point. The full form is the same code with an empty prefix
 The result does not depend on the number of workers: a batch's examples are fixed by the seed, each rank takes an
 even part of them, and the loss is normalized over the whole batch. Only the order of floating-point sums differs.
 
-A fit has a name that follows from its data and settings, and checkpoints under that name. Whatever was killed, a
-worker, a node or this process: the same call again resumes from the last one.
+The name of a fit is a digest of its data and settings, and its checkpoints are stored under that name. After a worker,
+a node or this process was killed, the same call resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def fit_expert(name: str, spec: FitSpec, folder: Path, listener: FitListener | N
         listener: receives the fit's status.
 
     Raises:
-        FitError: the workers could not start, died too often, or a step failed; says where the log is.
+        FitError: the workers could not start, died too often, or a step failed; the message names the log.
     """
     import ray
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -131,7 +131,7 @@ def _train_loop_per_worker(settings: dict[str, Any]) -> None:
         ray.get(status.workers_started.remote())
     train.report({})  # a barrier, so that all ranks see the same failure or none
     if ray.get(status.failure.remote()):
-        return  # Ray Train restarted what cannot succeed: end without a result
+        return  # a restart by Ray Train that cannot succeed: end without a result
 
     from see_ray.fit.trainer import fit_rank
 

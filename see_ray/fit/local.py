@@ -1,10 +1,9 @@
 """One fit in this process, on a base model that is loaded already: for experiments with many small fits.
 
-`launch.fit_expert` starts processes, Ray Train and DeepSpeed, which pays off for a task and costs half a minute; a
-comparison of methods fits dozens of adapters. Here the same steps (`schedule`, `rank_batches`) are taken by PyTorch's
-AdamW, with float32 copies of the weights and the learning rate that DeepSpeed would use, on one rank. A test holds
-that both give the same adapter. Left out is what a small fit does not need: checkpoints, several workers, early
-stopping, and `fit.deepspeed`.
+`launch.fit_expert` takes half a minute to start processes, Ray Train and DeepSpeed, which is too long for a comparison
+of methods, with dozens of small fits. Here PyTorch's AdamW takes the same steps (`schedule`, `rank_batches`) on one
+rank, with float32 copies of the weights and DeepSpeed's learning rates; `tests/unit/fit/test_local.py` checks that both
+give the same adapter. Checkpoints, several workers, early stopping and `fit.deepspeed` are not supported.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def fit_local(
 
     Args:
         spec: what is fitted, and how; settings of workers are ignored.
-        model: the loaded base model; carries an adapter meanwhile, and is as before in the end.
+        model: the loaded base model; has the adapter during the fit, and is unchanged after it.
         folder: gets the adapter; created if absent.
         start: a PEFT folder of the same rank and targets to continue from; None starts anew.
         on_step: called after every step with (steps done, steps in all).

@@ -1,4 +1,4 @@
-"""Memory of a fit worker: how much it used, and what it needs where it ran out."""
+"""Memory of a fit worker: its peak use, and the message for a fit that ran out of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefixes of a rank's examples: read once by the base model alone, kept in host memory, used in every epoch.
+"""Keys and values of the prefixes of a rank's examples: computed once, kept in host memory, used in every epoch.
 
 An adapter does not apply before the activation point, so a prefix's keys and values never change during a fit.
 They are computed without gradient. Those that do not fit `fit.kv_store_gb` are computed again each time.

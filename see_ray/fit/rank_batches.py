@@ -116,8 +116,8 @@ class RankBatches:
             factors: of each indicator's and of each response token's loss.
         """
         of_ranks = [
-            own[number] if number < len(own) else [self._schedule.stand_in(rank)]
-            for rank, own in enumerate(micro_batches)
+            of_rank[number] if number < len(of_rank) else [self._schedule.stand_in(rank)]
+            for rank, of_rank in enumerate(micro_batches)
         ]
         indices = of_ranks[self._model.rank]
         all_planned = all(self._prefixes.is_planned(index) for part in of_ranks for index in part)

@@ -1,4 +1,4 @@
-"""What a fit reports: where it stands while it runs, and what it did in the end."""
+"""What a fit reports: its progress while it runs, and a summary at its end."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 RESULT_FILE = "result.json"
-"""What rank 0 leaves beside the adapter for the driver: a `Fitted` as JSON."""
+"""File beside the adapter in which rank 0 sends a `Fitted` to the driver, as JSON."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a fit stands.
+    """Progress of a fit.
 
     Attributes:
         phase: `starting`, `prefix` (reading prefixes), `fit` (optimizer steps), `held-out` (deciding on held-out

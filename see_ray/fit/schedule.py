@@ -1,10 +1,11 @@
 """Which examples each batch of a fit reads, and on which rank, for any number of ranks.
 
-Examples are dealt to as many *lanes* as a batch has places. A lane belongs to one rank for the whole fit, so its
-prefixes stay there; it is shuffled within itself every epoch. The examples of a batch are thus the same whether one
-rank reads them or eight: each example is read exactly once an epoch, and ranks' parts differ by one example at most.
+Examples are distributed over as many *lanes* as a batch has examples; a batch takes one example of each lane. A lane
+belongs to one rank for the whole fit, so its prefixes stay on that rank, and the order within a lane is shuffled every
+epoch. So a batch has the same examples for any number of ranks, each example is read exactly once an epoch, and the
+ranks' parts of a batch differ by one example at most.
 
-Pure arithmetic on indices of examples; every rank computes the same schedule by itself.
+The schedule is computed from indices of examples alone; every rank computes the same one.
 """
 
 from __future__ import annotations

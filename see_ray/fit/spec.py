@@ -1,4 +1,4 @@
-"""What a fit is made of."""
+"""The inputs of a fit: examples, base model and settings."""
 
 from __future__ import annotations
 

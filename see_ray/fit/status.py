@@ -1,9 +1,9 @@
-"""Where a fit stands, from its workers to the driver.
+"""The status of a running fit, from its workers to the driver.
 
     rank 0 ── StatusReporter ──► FitStatusActor ◄── polled by status_forwarded ──► FitListener
 
-`TorchTrainer.fit` blocks the driver until the end, and what a worker knows is lost when it dies. The actor lives
-apart from both.
+`TorchTrainer.fit` blocks the driver until the end, and a worker's memory is lost when it dies. So the status is in an
+actor of its own.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class FitListener:
     """Receives the status of a fit; this one ignores it."""
 
     def progress(self, progress: Progress) -> None:
-        """Where the fit stands."""
+        """The present phase, and how far it is."""
 
     def note(self, text: str) -> None:
-        """Something a person should know."""
+        """A message for the user."""
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
-        """What was measured after a step, by name."""
+        """Figures measured after a step, by name."""
 
 
 class FitStatusActor:
@@ -64,7 +64,7 @@ class FitStatusActor:
         self._starts += 1
 
     def checkpoint_saved(self) -> None:
-        """There is a new checkpoint: failures are counted anew."""
+        """There is a new checkpoint: start counting failures again."""
         self._starts = 1
 
     def set_progress(self, progress: Progress) -> None:
@@ -146,7 +146,7 @@ def status_forwarded(actor: Any, needed: str, listener: FitListener) -> Iterator
 def _forward(actor: Any, needed: str, listener: FitListener) -> None:
     import ray
 
-    # The fit does not stop because the actor does not answer; the fit's own result says what is wrong.
+    # An actor that does not answer must not stop the fit, whose own result reports any failure.
     with contextlib.suppress(ray.exceptions.RayError):
         progress, notes, figures = ray.get(actor.drain.remote(), timeout=5)
         for note in notes:

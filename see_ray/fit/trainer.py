@@ -2,7 +2,7 @@
 
     base model + adapter ─► DeepSpeed ─► [last checkpoint] ─► prefixes ─► steps ─► PEFT folder
 
-What one step computes is in `rank_batches`. Here is the loop around it: resume from a checkpoint, write them,
+`rank_batches` computes one step. This module is the loop around it: resume from a checkpoint, write checkpoints,
 evaluate on held-out rows, stop early, save the adapter.
 """
 

@@ -6,11 +6,12 @@
     sequence/00000007.json                   sequence version 7, in full; put if absent
 
 No object is ever overwritten. What is live changes only when a sequence version is appended. If two publishers append
-at once one wins; the other reads the new head and tries again. A crash leaves at worst a claimed folder that nothing
-refers to. The same holds in a local folder, on S3, Google Cloud Storage and Azure: each offers put-if-absent.
+at the same time, one succeeds; the other reads the new head and tries again. A crash leaves at worst a claimed folder
+that no sequence version refers to. The same holds in a local folder, on S3, Google Cloud Storage and Azure, since all
+of them offer put-if-absent.
 
-The store does not know what an adapter is or whether an expert is any good: it keeps files, checks their digests, and
-orders them. Callers of `publish` bring a `check` for the rest.
+The store keeps files, checks their digests and orders the experts; it does not read adapters or judge experts. Callers
+of `publish` pass a `check` that does.
 """
 
 from __future__ import annotations
@@ -210,8 +211,8 @@ class ExpertStore:
             ref: a complete expert.
             check: called with the head that the expert would join; it raises to refuse. Called again with the new head
                 each time that another publisher was first.
-            replace: remove a live expert of the same name; without this, there being one is a conflict.
-            forced: recorded in the new version, for an expert that is published although it failed the gate.
+            replace: remove a live expert of the same name; without it, such an expert is a conflict.
+            forced: recorded in the new version, for an expert that failed a limit of the gate.
 
         Raises:
             NotFoundError: no such expert, or an incomplete one.
@@ -227,8 +228,8 @@ class ExpertStore:
             others = tuple(expert for expert in head.experts if expert.name != ref.name)
             for other in map(self.manifest, others[-1:]):  # the others have its fingerprint, too
                 if other.fingerprint != manifest.fingerprint:
-                    mine, its = (f"{m.id} was fitted on {m.base_model} ({m.fingerprint})" for m in (manifest, other))
-                    raise FingerprintError(f"cannot publish: {mine}, but {its} and is live; fit it on that base model")
+                    new, old = (f"{m.id} was fitted on {m.base_model} ({m.fingerprint})" for m in (manifest, other))
+                    raise FingerprintError(f"cannot publish: {new}, but {old} and is live; fit it on that base model")
             if check:
                 check(head)
             return (*others, ref), f"publish {ref.id}" + (f" in place of {live.id}" if live else "")

@@ -1,7 +1,7 @@
-"""A folder, S3, Google Cloud Storage or Azure as one kind of object store, by obstore.
+"""Object stores through obstore: a folder, S3, Google Cloud Storage or Azure behind the same operations.
 
-This module adds what all of see_ray's stores share: which URLs are accepted, how long to retry, and error messages
-that say what to check.
+The expert store and the checkpoints of fits share this module. It decides which URLs are accepted and how long requests
+are retried, and turns exceptions into messages that name what to check.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def wrap_store_errors(action: str, url: str) -> Iterator[None]:
 
 
 class Objects:
-    """The operations that a store is built on. Each raises StoreError where the object store cannot be reached.
+    """Basic operations on an object store. Each raises StoreError if the object store cannot be reached.
 
     Args:
         store: an obstore store.

@@ -1,4 +1,4 @@
-"""The records that the expert store keeps as JSON: which experts there are, what each one is, and what is live.
+"""The JSON records of the expert store: a manifest for each expert, and the versions of the sequence.
 
 A record is *sealed* when it is written: the JSON holds a digest of the record and of its path in the store. A record
 that was cut short, edited or moved to another path is recognized as corrupt when it is read.
@@ -55,26 +55,28 @@ class Manifest(Record):
     task: str
     """The arriving task that it was fitted on."""
     base_model: str
+    """Name of the base model, as configured."""
     fingerprint: str
-    """Of the base model; the same for all experts of one sequence."""
+    """SHA-256 of the base model, as hex digits; the same for all experts of one sequence."""
     form: Literal["activated", "full"]
     activation_tokens: int | None = Field(default=None, ge=1)
-    """How many tokens at the end of the generation prompt are adapted; None in the full form."""
+    """How many tokens at the end of the generation prompt the adapter applies to; None in the full form."""
     generation_prompt: tuple[int, ...]
-    """Its token ids."""
+    """Token ids of the generation prompt."""
     indicator_tokens: tuple[int, int]
     """The token ids of (accept, pass)."""
     threshold: float = Field(ge=0, le=1)
     """The expert accepts a query if P(accept) is at least this."""
     metrics: dict[str, float]
+    """Figures of the calibration and the gate, by name."""
     gate: Literal["passed", "set aside", "forced"] = "passed"
-    """`set aside`: it failed a limit of the gate and was not published; `forced`: published nevertheless."""
+    """`set aside`: it failed a limit of the gate and was not published; `forced`: published with `--force`."""
     gate_failed: tuple[str, ...] = ()
     """The limits that it failed, one sentence for each."""
     r: int = Field(ge=1)
     """LoRA rank."""
     files: dict[Annotated[str, Field(pattern=_FILE_PATTERN)], Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
-    """Relative name to SHA-256 of the file's bytes."""
+    """The expert's files: relative path to SHA-256 of the bytes."""
 
     @property
     def ref(self) -> ExpertRef:

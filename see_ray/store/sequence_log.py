@@ -2,8 +2,8 @@
 
     sequence/00000001.json, sequence/00000002.json, …
 
-The newest version is the head: what is live. If two publishers append at once one wins, and the other decides again on
-the new head.
+The newest version is the head: what is live. If two publishers append at the same time, one succeeds; the other applies
+its change to the new head.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class VllmEngine:
     Args:
         base: the base model to load.
         config: its settings (dtype, context length).
-        experts: most adapters in one step (vLLM's `max_loras`); vLLM reserves memory for each. More can be loaded,
-            and take turns.
+        experts: most adapters in one step (vLLM's `max_loras`); vLLM reserves memory for each. More can be
+            loaded; they then run in different steps.
         max_rank: highest LoRA rank of an adapter; vLLM reserves memory for it.
         threads: OpenMP threads on the CPU; None: all cores that this process may use.
         engine_args: vLLM's engine arguments, such as `tensor_parallel_size`, `gpu_memory_utilization`,
@@ -129,7 +129,8 @@ class VllmEngine:
 
         Raises:
             ServingError: the adapter does not fit the base model, changes nothing, or does not share the base model's
-                prefix. With the first two the base model would answer in the expert's name; with the last, slowly.
+                prefix. In the first two cases the answers would be the base model's, under the expert's name; in the
+                last, each decision would prefill the whole prompt.
         """
         weights = read_adapter(expert.folder).values()
         if not any(down.any() and up.any() for down, up in weights):

@@ -71,7 +71,7 @@ def set_environment(threads: int | None) -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's message, which in vLLM's and pydantic's errors says most."""
+    """The last line of an error's message; in vLLM's and pydantic's errors it names the cause."""
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith("For further information")]  # pydantic's
     return (lines or [type(error).__name__])[-1][:400]

@@ -2,9 +2,9 @@
 
     parts/<seed>/<method>/<stage>.json     one method after one more task: answerers and scores of all test queries
     <base model>/adapters/, asked/, synthesized/
-                                           fits, answers and inputs that parts share. They may lie in a folder that
-                                           several comparisons use: each is identified by everything that
-                                           determines it, so that orders which begin alike share their fits
+                                           fits, answers and inputs that parts share, possibly in a folder that several
+                                           comparisons use. The name of each is a digest of all its inputs, so that
+                                           two orders with the same first tasks share the fits of these
 
 A part that exists is not run again, so an interrupted comparison continues where it stopped. Stage 0 is before the
 first task, the same for all methods. The stages of one method and seed run one after another; methods and seeds run

@@ -131,7 +131,7 @@ class Experiment:
 
         config, activation = self._fit_config(form, learning_rate), self.activation(form)
         settings = config.model_dump(mode="json", exclude=set(SETTINGS_WITHOUT_EFFECT_ON_RESULT))
-        rows = [[[e.prompt, e.target] for e in some] for some in (examples, held_out)]
+        rows = [[[e.prompt, e.target] for e in part] for part in (examples, held_out)]
         key = digest([self.base.fingerprint, settings, asdict(activation), rows, start and start.key])
         folder = self._adapter_folder(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
