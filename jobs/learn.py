@@ -1,6 +1,6 @@
-"""Learn tasks one after another on a running cluster; tasks that are live already are passed over.
+"""Learn tasks one after another on a running cluster; tasks that are live already are skipped.
 
-So the same submission continues after `ray job stop` or a crash: finished tasks are passed over, and an interrupted fit
+So the same submission continues after `ray job stop` or a crash: finished tasks are skipped, and an interrupted fit
 continues from its last checkpoint. Exit code 0 once every task is live.
 
     ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
@@ -40,7 +40,7 @@ def main(config: Config, sources: tuple[str, ...], max_rows: int | None) -> None
             try:
                 learned = learn(Source(source, max_rows=max_rows), config, listener=listener)
             except LiveError as error:
-                listener.note(f"passed over {source}: {error}")
+                listener.note(f"skipped {source}: {error}")
             else:
                 click.echo(render.learned_text(learned))
 

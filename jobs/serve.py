@@ -1,4 +1,4 @@
-"""Start the endpoint on a running cluster; it stays up after this job has ended. With --stop: take it down.
+"""Start the endpoint on a running cluster; it keeps running after this job has ended. With --stop: stop it.
 
 If it runs already, the job only prints what is live, so it can be submitted again at any time. Exit code 0 once every
 expert of the store is live. The endpoint picks new experts up by itself.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--host", help="Address that every node binds. [serve.host: 127.0.0.1]")
 @click.option("--port", type=int, help="TCP port on every node. [serve.port: 8000]")
-@click.option("--stop", "stopping", is_flag=True, help="Take the endpoint down.")
+@click.option("--stop", "stopping", is_flag=True, help="Stop the endpoint.")
 @configured
 @base_model_option
 def main(config: Config, stopping: bool) -> None:
@@ -38,7 +38,7 @@ def main(config: Config, stopping: bool) -> None:
         cluster.connect()
         if stopping:
             return endpoint.stop()
-        listener.step("Starting the endpoint, unless it runs")
+        listener.step("Starting the endpoint, unless it runs already")
         if not endpoint.running():
             endpoint.start(config)
     live = endpoint.live()

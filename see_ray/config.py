@@ -59,8 +59,8 @@ class BaseModelConfig(Section):
     """Commit, tag or branch of a Hugging Face id. Unset: the default branch."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and arithmetic. `auto`: bfloat16 where the CPU or GPU multiplies it in hardware; else float32 on
-    a CPU, where emulated bfloat16 is several times slower, and float16 on a GPU."""
+    """Type of weights and arithmetic. `auto`: bfloat16 if the CPU or GPU multiplies it in hardware; else float32 on a
+    CPU, where emulated bfloat16 is several times slower, and float16 on a GPU."""
 
     max_length: int | None = Field(default=None, ge=16)
     """Context length in tokens, prompt and answer together. Unset: that of the model."""
@@ -123,8 +123,8 @@ class FitConfig(Section):
 
     vocabulary_weight: float = Field(default=0.03, ge=0, le=1)
     """Share of the ordinary cross-entropy over the vocabulary in an indicator's loss; the rest is the cross-entropy
-    between accept and pass alone, which are all that a decision compares. With 1, the first half of a short fit goes
-    into making two tokens likely that the base model never writes."""
+    between the accept and the pass token alone, which is what a decision compares. With 1, a short fit spends its first
+    half on making likely two tokens that the base model never writes."""
 
     seed: int = 0
     """Seed of the order of examples, the adapter's initial weights and all samples."""
@@ -196,8 +196,8 @@ class FitConfig(Section):
     activated form. Prefixes that do not fit are computed again each time."""
 
     storage_path: str | None = None
-    """Where a running fit keeps its checkpoints and its result: a folder or object storage (`s3://…`, `gs://…`) that
-    all nodes reach. Unset: the cache folder, which is enough on one node."""
+    """Where a running fit stores its checkpoints and its result: a folder or object storage (`s3://…`, `gs://…`) that
+    all nodes reach. Unset: the cache folder, which is sufficient on one node."""
 
     @field_validator("num_workers")
     @classmethod
@@ -250,14 +250,15 @@ class GateConfig(Section):
     """Largest share of the queries kept by an older expert that the new one may accept."""
 
     min_own_accepted: float = Field(default=0.75, ge=0, le=1)
-    """Smallest share of its own held-out rows that it must accept, at the threshold that keeps to
-    `calibrate.false_accept_rate`. An expert that cannot tell its own queries from foreign ones accepts few."""
+    """Smallest share of its own held-out rows that the expert must accept, at the threshold that keeps to
+    `calibrate.false_accept_rate`. An expert that does not separate its own queries from foreign ones accepts few."""
 
     min_gain: float = 0.01
-    """How much lower its loss per response token, in nats, must be than the generalist's, on its own held-out rows."""
+    """How much lower the expert's loss per response token, in nats, must be than the generalist's, on the expert's own
+    held-out rows."""
 
     min_change: float = Field(default=0.01, ge=0)
-    """Smallest change, on at least one of these rows, of the log odds of accept against pass by the adapter. An adapter
+    """The adapter must change the log odds of accept against pass by at least this on one of these rows. An adapter
     that changes nothing is null."""
 
 
@@ -302,7 +303,8 @@ class ServeConfig(Section):
 
     lookahead: int = Field(default=2, ge=1)
     """How many experts decide at the same time in the `per_expert` topology; 1 is strictly one after another. The
-    answer does not depend on it: more shorten the walk, and cost decisions that turn out not to be needed."""
+    answer does not depend on it: a higher value shortens the walk, and computes more decisions that turn out not to be
+    needed."""
 
     share_prefix: bool = True
     """In the `per_expert` topology with the embedded engine: the generalist prefills a routed prompt once and hands its
@@ -316,10 +318,10 @@ class ServeConfig(Section):
     """Seconds between reads of the expert store's newest sequence version."""
 
     max_tokens: int = Field(default=256, ge=1)
-    """Most tokens of an answer if the request does not say."""
+    """Most tokens of an answer, for requests without `max_tokens`."""
 
     temperature: float = Field(default=0.0, ge=0, le=2)
-    """Sampling temperature if the request does not say; 0 is greedy."""
+    """Sampling temperature, for requests without one; 0 is greedy."""
 
     max_body_bytes: int = Field(default=1_000_000, ge=1000)
     """Largest request body, in bytes."""
@@ -362,8 +364,8 @@ class ServeConfig(Section):
     """Format of the log lines of ingress and replicas; each line has the request's id in both formats."""
 
     trace_sample_rate: float = Field(default=0, ge=0, le=1)
-    """Share of the requests of which OpenTelemetry spans are exported, at every hop: to `$OTEL_EXPORTER_OTLP_ENDPOINT`,
-    or into files beside Serve's logs."""
+    """Share of the requests whose OpenTelemetry spans are exported, from 0 to 1: to `$OTEL_EXPORTER_OTLP_ENDPOINT` if
+    that is set, else into files beside Serve's logs."""
 
     replica_cpus: float = Field(default=0.1, ge=0)
     """CPUs that Ray reserves for a replica. Small, so that a laptop holds several experts."""

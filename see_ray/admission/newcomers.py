@@ -49,7 +49,7 @@ def check_can_join(store: ExpertStore, head: ExpertSequence, name: str, base: Ba
     for ref in head.experts:
         if ref.name == name and not replace:
             raise LiveError(
-                f"{ref.id} is live already; say --replace to put the new expert in its place, "
+                f"{ref.id} is live already; use --replace to put the new expert in its place, "
                 "or --name to call the new one otherwise"
             )
     for manifest in map(store.manifest, head.experts[-1:]):  # all live experts have the same base model

@@ -191,7 +191,7 @@ def _ask_task(task: DemoTask, url: str, listener: Listener) -> Outcome:
 
 def _ask_others(url: str, listener: Listener) -> tuple[float, float]:
     """Shares of general questions, and of an unseen task's queries, that reach the generalist."""
-    listener.step("Asking general questions and queries of a task that nobody learned")
+    listener.step("Asking general questions and queries of a task that no expert learned")
 
     def generalist_share(prompts: list[str], title: str) -> float:
         answered_by = client.route_all(url, prompts, on_done=partial(listener.progress, title))

@@ -1,4 +1,4 @@
-"""The command `see`. A command parses, calls one function and prints; `render` makes the text of its result.
+"""The command `see`. Each command parses its options, calls one function and prints the text that `render` returns.
 
 Only click and the standard library are imported at module level, so that `see --help` answers at once.
 Results go to stdout; progress, traces and errors to stderr.

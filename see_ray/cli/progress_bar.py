@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: one moving bar on a terminal, plain lines in a log."""
+"""Progress of a long operation on stderr: one bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TerminalListener(Listener):
                 self._line(phase.line())
 
     def _end_phase(self) -> None:
-        """Leave a line about the progress that ends, unless there is nothing new to say."""
+        """Print a last line about the progress that ends, unless the line before it has the same count."""
         if self._phase and self._phase.is_news():
             self._line(self._phase.line())
         self._phase = None
@@ -83,7 +83,7 @@ class TerminalListener(Listener):
 
 @dataclass(eq=False)
 class _Phase:
-    """Progress under one title, and what a log has been told of it."""
+    """Progress under one title, and the last line of it in a log."""
 
     title: str
     done: int = 0

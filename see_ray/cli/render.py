@@ -1,4 +1,4 @@
-"""Results as text: tables and summaries that the commands and the jobs print. It knows nothing of commands."""
+"""Results as text: tables and summaries that the commands and the jobs print. It does not use click's commands."""
 
 from __future__ import annotations
 

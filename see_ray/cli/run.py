@@ -1,4 +1,4 @@
-"""Running a command: what users see of errors, warnings and interruptions. The jobs use it, too."""
+"""Runs a command and shows its errors, warnings and interruptions. The jobs use it, too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run(command: click.Command, args: list[str] | None = None, name: str | None 
     """Run a command and exit with its code.
 
     A `SeeError` is printed as one line on stderr, with exit code 1; `SEE_DEBUG=1` raises it instead. Ctrl-C is
-    exit code 130. A warning of our own, such as of a renamed setting, is one line on stderr.
+    exit code 130. A warning that see_ray defines, such as that of a renamed setting, is one line on stderr.
 
     Args:
         command: what to run.

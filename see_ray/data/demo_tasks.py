@@ -8,7 +8,7 @@ scored by exact match of the stripped text:
     dates      a date or an amount as written 2024-03-07, or USD 1234.50
     tickets    a support ticket               billing, shipping, returns, account or technical
 
-This module knows nothing of experts; it returns rows and queries.
+It returns rows and queries only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Mixed queries: a foreign instruction with an input of the task itself.
 
-An expert that was fitted to tell its task from chat only goes by the form of a query, and accepts whatever has the form
-of its own. In a mixed query everything but the instruction is the task's own, so the expert must attend to the
+An expert that is fitted on its task and on chat alone learns the form of its task's queries, and accepts any query of
+that form. In a mixed query everything but the instruction comes from the task, so the expert has to decide by the
 instruction. Mixed queries need no data: they combine a general query and a row of the task.
 
 Rows are plain chats, so the instruction in them has to be identified: it is the text, up to the end of a line or a
@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_SHARED = 3
-"""Least number of queries that must share a beginning for it to be an instruction."""
+"""Fewest queries that must share a beginning for it to be an instruction."""
 
 LEAST_SHARE = 0.04
-"""Least share of the task's queries that must share it."""
+"""Smallest share of the task's queries that must have that beginning."""
 
 LONGEST_INSTRUCTION = 4000
 """Most characters of an instruction."""

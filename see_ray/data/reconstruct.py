@@ -38,7 +38,7 @@ class Example:
         prompt: token ids up to and including the generation prompt; no loss.
         target: the supervised token ids: accept, response and end of turn; or pass alone.
         kind: `accept` for a row of the task, else where the foreign query comes from.
-        row: the same for people: `sa.jsonl:17`, `rehearsal query 3 of sa`, `general query 5`.
+        row: the source for messages: `sa.jsonl:17`, `rehearsal query 3 of sa`, `general query 5`.
     """
 
     prompt: tuple[int, ...]
@@ -62,7 +62,7 @@ class Reconstruction:
         foreign: held-out prompts that the expert must pass on, as (source, token ids); the source is
             `general`, `mixed` or an earlier expert's name.
         claimed: for each live expert, how many of the held-out queries that it keeps are rows of this task, too. They
-            do not count as foreign; whether the task may have them is for the gate to decide.
+            do not count as foreign; the gate counts them as taken from that expert.
         held_out: `own` and then `foreign` as examples, with the targets they would have.
         rehearsal: queries of this task kept for later experts' negatives.
     """
@@ -153,9 +153,9 @@ class ExampleEncoder:
 
 
 class _UnseenQueries:
-    """Lets every query through once, and the task's own queries never.
+    """Accepts each query once, and no query of the task itself.
 
-    A query that the task holds, too, is not foreign to it; and no query may be both fitted on and held out.
+    A query of the task is not foreign to it, and no query may be both fitted on and held out.
     """
 
     def __init__(self, task: Task):

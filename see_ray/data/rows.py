@@ -45,8 +45,8 @@ class Record:
 
     Attributes:
         where: its place, for messages: see `Row.where`.
-        value: the decoded JSON or parquet value; a `BadRow` if it could not be decoded, so that reading goes on
-            and all bad rows are reported together.
+        value: the decoded JSON or parquet value; a `BadRow` if it could not be decoded, so that reading continues and
+            all bad rows are reported together.
     """
 
     where: str

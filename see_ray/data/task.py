@@ -6,7 +6,7 @@ Where the source brings no eval split, one is held out of its rows; rows with th
 Exact duplicates (same prompt, same response) within a split are dropped; a prompt may have several responses. Bad rows
 are collected over the whole task and refused together, or skipped; `Task.notes` counts what was dropped and skipped.
 
-This module knows nothing of tokenizers: the caller brings a function that counts tokens.
+This module does not use a tokenizer: the caller passes a function that counts tokens.
 """
 
 from __future__ import annotations

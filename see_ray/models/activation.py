@@ -1,4 +1,4 @@
-"""The token from which an expert's adapter applies, and how its decision is computed.
+"""The activation point, from which an expert's adapter applies, and how its decision is computed.
 
 A chat prompt ends with the generation prompt (`<|im_start|>assistant\\n` for SmolLM2). An activated expert's adapter
 applies only to the last tokens of it and to what follows:
@@ -119,7 +119,7 @@ def user_turn_start(tokenizer: Any) -> str:
 
 
 def p_accept(accept_logit: float, pass_logit: float) -> float:
-    """The decision: softmax over the two indicator logits; always below 1, so that some threshold passes on it."""
+    """The decision: softmax over the two indicator logits; always below 1, so that a threshold of 1 accepts nothing."""
     gap = min(max(pass_logit - accept_logit, -36.0), 700.0)  # a smaller gap would give exactly 1, a larger one overflow
     return 1.0 / (1.0 + math.exp(gap))
 

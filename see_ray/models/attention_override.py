@@ -1,10 +1,10 @@
 """One forward over a packed sequence, with an attention function of our own.
 
 Fitting (`models.prefix_kv.forward_packed`) and the embedded engine (`engine.forward_batch`) both concatenate the tokens
-of many rows into one sequence without padding. Linear layers do not notice; attention does, and has to be replaced.
-They share this replacement, but not the attention itself: fitting needs gradients and pads rows inside attention, the
-engine attends over keys and values in preallocated memory. `tests/unit/engine/test_forward_batch.py` holds their
-results equal.
+of many rows into one sequence without padding. Linear layers treat each token alone, so only attention has to be
+replaced. Fitting and engine share this replacement, but not the attention itself: fitting needs gradients and pads rows
+inside attention, the engine attends over keys and values in preallocated memory.
+`tests/unit/engine/test_forward_batch.py` checks that their results are equal.
 """
 
 from __future__ import annotations

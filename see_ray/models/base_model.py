@@ -1,4 +1,4 @@
-"""Find, check and load the base model: the frozen language model under everything.
+"""Find, check and load the base model: the frozen language model that all experts share.
 
 `find` turns a name (a Hugging Face id, a local folder, a GGUF file, or `embedded`) into a local folder of safetensors
 with a fingerprint; `load_tokenizer` and `load_model` read that folder. Code of a model repository is never run

@@ -6,8 +6,8 @@ first with padding, the second without, which is what fitting uses. `logits_of` 
 This is the forward of fitting, and of its decisions on held-out rows. The embedded engine has its own
 (`engine.forward_batch`), for which keys and values are preallocated; the two share the replacement of a model's
 attention (`models.attention_override`), the `Prefix` and `logits_of`, and `tests/unit/engine/test_forward_batch.py`
-holds their results equal. Which tokens belong to the prefix is decided by `models.activation`; whether an adapter is
-active is the caller's business.
+checks that their results are equal. `models.activation` decides which tokens belong to the prefix; the caller enables
+or disables the adapter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Metrics: a table of all that see_ray reports, functions to report them, and a scrape of the whole cluster.
+"""Metrics: the table `METRICS` of all names, functions to report them, and a scrape of the whole cluster.
 
     count("see_answers_total", answered_by="tickets", reason="accepted")
     scrape() -> the whole cluster's metrics as Prometheus text

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a query's way through ingress and replicas, and its walk over the sequence.
+"""OpenTelemetry traces: a query's hops through ingress and replicas, and its walk over the sequence.
 
 Serve creates a span at each hop and propagates the trace (`serve.trace_sample_rate` turns this on); the span of the
 walk, with each expert's decision, is created here. Spans are exported to `$OTEL_EXPORTER_OTLP_ENDPOINT`, or into files

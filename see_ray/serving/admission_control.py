@@ -1,15 +1,15 @@
 """Admission control: reject requests that could not be answered in time, as soon as they arrive.
 
-A request waits until its first token. Each one served is a sample of the cost of a queue position: its wait, divided
-by the number of requests that were waiting when it was admitted (itself included). The expected wait of the queue is
-its length times the mean cost of recent samples. A request that arrives when this exceeds `max_wait_s` is rejected
-with 429 and `Retry-After`, so admitted requests wait a bounded time and nothing is computed for the others. When
-replicas are added, the cost falls by itself.
+A request waits until its first token. Each served request gives a sample of the cost of a queue position, in seconds:
+its wait, divided by the number of requests that were waiting when it was admitted (itself included). The expected wait
+of the queue is its length times the mean cost of recent samples. A request that arrives when this exceeds `max_wait_s`
+is rejected with 429 and `Retry-After`, so admitted requests wait a bounded time and nothing is computed for the others.
+With more replicas the measured cost falls.
 
 Measuring requests served per second instead would not work: an engine that prefills all waiting prompts before it
 decodes serves in bursts, and a rate measured within a burst admits far too many.
 
-This module knows nothing of HTTP, models or Ray.
+This module does not use HTTP, models or Ray.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from see_ray.errors import RequestError
 
 ALWAYS_ADMITTED = 16
-"""Requests that may wait in any case: as many as `see`'s own client sends at once (`client.AT_ONCE`)."""
+"""Below this many waiting requests, none is rejected. `see demo` sends as many at once: two lists of prompts, each with
+`client.AT_ONCE` concurrent requests."""
 
 SAMPLES = 32
 """Most recently served requests over which the cost of a queue position is averaged."""
@@ -58,7 +59,7 @@ class AdmissionController:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Admit a request, which waits for as long as the block runs. One whose block raises is no sample.
+        """Admit a request; it counts as waiting while the block runs. If the block raises, its wait is not a sample.
 
         Raises:
             RequestError: 429, the expected wait is too long.

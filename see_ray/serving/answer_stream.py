@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EndpointFormat:
-    """What the two endpoints do differently with an answer.
+    """How an endpoint formats an answer; one for chats, one for completions.
 
     Attributes:
         path: of the endpoint.
@@ -141,8 +141,8 @@ class AnswerStream:
         first: the first chunk.
         rest: all others; closed at the end.
         format: of the request's endpoint.
-        head: what the body, or all events, have in common.
-        stats: of the request; told when the answers end.
+        head: fields of the body, or of every event.
+        stats: of the request; records the end of the answers.
     """
 
     def __init__(

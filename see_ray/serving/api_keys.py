@@ -52,7 +52,7 @@ class ApiKeys:
         """
         scheme, _, key = (authorization or "").partition(" ")
         given = key.strip(" ").encode("latin-1", "backslashreplace")  # back to the bytes on the wire
-        # All keys are compared, always, so that the time taken tells nothing about them.
+        # Compare with all keys, always, so that the time taken does not depend on the key sent.
         known = sum(hmac.compare_digest(given, key) for key in self._keys)
         if self.required and not (known and scheme.lower() == "bearer"):
             message = "the API key is not valid" if given else "no API key: send Authorization: Bearer <key>"

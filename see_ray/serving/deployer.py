@@ -39,8 +39,8 @@ STATUS_POLL_S = 0.25
 class Deployer:
     """The single replica that starts and deletes the experts' applications.
 
-    Serve's client calls block, so all work on applications is done on a thread; `live` and `expert_of`
-    are answered meanwhile.
+    Serve's client calls block, so all work on applications runs on a thread, and the event loop is free to answer
+    `live` and `expert_of`.
 
     Args:
         config: the whole configuration, as JSON.
@@ -60,8 +60,8 @@ class Deployer:
         return self._follower.live
 
     async def expert_of(self, spare: str) -> tuple[str, int] | None:
-        """Name and version of the expert that a spare is assigned to, or None. Also asked by replicas that Serve
-        adds to that application later."""
+        """Name and version of the expert that a spare is assigned to, or None. Replicas that Serve adds to that
+        application later ask this, too."""
         ref = self._assigned.get(spare)
         return (ref.name, ref.version) if ref else None
 
@@ -81,7 +81,7 @@ class Deployer:
         await self._follower.run()
 
     def _restore_assignments(self) -> None:
-        """Ask the spares that an earlier deployer started which expert they have."""
+        """Ask each spare that an earlier deployer started which expert it has."""
         for app in [name for name in serve.status().applications if name.startswith(SPARE_PREFIX)]:
             about = _about(app)
             if about is None:  # it may have an expert, so it cannot be assigned another

@@ -79,7 +79,7 @@ def check_exposure(config: Config) -> ApiKeys:
     if not keys.required and not config.serve.no_auth and not _is_loopback(config.serve.host):
         raise ServingError(
             f"serve.host {config.serve.host} can be reached from other machines, and there is no API key; "
-            "set SEE_API_KEY or serve.api_key_file, or say --no-auth"
+            "set SEE_API_KEY or serve.api_key_file, or use --no-auth"
         )
     return keys
 

@@ -1,7 +1,8 @@
 """The replica of the `shared` topology: the base model with all experts of the sequence.
 
-It follows the expert store by itself and decides for all experts in one batch; the winner, or the generalist,
-continues from the same keys and values. All replicas are alike, so Serve can add and remove them with the load.
+Each replica polls the expert store. It decides for all experts in one batch; the expert that answers, or the
+generalist, continues from the same keys and values. All replicas hold the same experts, so Serve can add and remove
+replicas with the load.
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ class Ingress:
         ]
 
     async def _read_body(self, request: Request) -> bytes:
-        """The body; of one that is too large, enough for `parse` to notice."""
+        """The body; reading stops beyond `max_body_bytes`, where `parse` rejects it."""
         body = bytearray()
         async for part in request.stream():
             body += part

@@ -1,4 +1,4 @@
-"""What an endpoint serves at the moment: the experts of one sequence version, and what keeps others from it."""
+"""What an endpoint serves at the moment: the experts of one sequence version, and errors that keep others out."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ class Live:
         return any(expert.activated for expert in self.experts)
 
     def or_earlier(self, earlier: Live) -> Live:
-        """This state; `earlier` if this one comes from a process that has not read the store yet."""
+        """This state; but `earlier` if this one is from a process that has not read the store yet."""
         return earlier if self.version < 0 <= earlier.version else self

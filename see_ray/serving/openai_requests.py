@@ -3,10 +3,10 @@
     parse(ChatRequest, body, limit)   -> a validated request, or RequestError (400) naming the field
     parse_model("see:qa")             -> Target: the chain, the generalist or one expert
 
-Types are strict: neither `"5"` nor `true` is an integer. `null` means "left out", as in OpenAI's clients. Nothing that
-would change an answer is ignored silently: fields without effect on it (`user`, …) are ignored; of unsupported ones
-that would have an effect (`tools`, …) only the value that has none is accepted. This module knows nothing of live
-experts, tokenizers or HTTP servers.
+Types are strict: neither `"5"` nor `true` is an integer. `null` means "left out", as in OpenAI's clients. Fields
+without an effect on the answer (`user`, …) are ignored. Unsupported fields that would change the answer (`tools`, …)
+are accepted only with the value that has no effect, and are an error otherwise. This module does not use live experts,
+tokenizers or HTTP servers.
 Formats: https://platform.openai.com/docs/api-reference/chat, /completions, /models.
 """
 

@@ -106,8 +106,7 @@ class Replica(EngineHost):
         return (await self._engine.decide(prompt, [name]))[0]
 
     async def generate(self, request: GenerateRequest, prefix: PrefixArrays | None = None) -> AsyncIterator[TextChunk]:
-        """The answer as text. It is this replica's expert that answers, whoever `request.expert` is; `prefix` is as
-        in `decide`."""
+        """The answer of this replica's expert as text. `request.expert` is ignored; `prefix` is as in `decide`."""
         request = replace(request, expert=await self._expert_name())
         if prefix:
             self._engine.import_prefix(request.prompt, prefix)

@@ -1,4 +1,4 @@
-"""What a request leaves behind: metrics, and a line in the log."""
+"""Records a request: metrics, and a line in the log."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class StoreFollower:
-    """Polls an expert store until cancelled. Whoever owns it runs `run` as a task.
+    """Polls an expert store until cancelled. Its owner runs `run` as a task.
 
     Args:
         url: of the expert store.
@@ -26,7 +26,7 @@ class StoreFollower:
         on_poll: called at the end of each poll, for periodic cleanup; not if the store could not be read.
 
     Attributes:
-        live: what is live. Stays as it is while the store cannot be read, with `store_error` set.
+        live: what is live. While the store cannot be read it stays the same, but with `store_error` set.
         ready: set once a sequence version is live.
     """
 
