@@ -79,7 +79,7 @@ def add_node(cluster: Any, node_folders: Path) -> Any:
 
 
 def learn_and_serve(cluster: Any, folder: Path, rows: int, port: int) -> dict[str, Any]:
-    """Learn three tasks and start the endpoint; tasks that the folder's store has already are passed over."""
+    """Learn three tasks and start the endpoint; tasks that the folder's store has already are skipped."""
     sources = []
     for task in demo_tasks(rows=rows, test_rows=4):
         sources.append(folder / f"{task.name}.jsonl")
