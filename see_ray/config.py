@@ -164,7 +164,7 @@ class FitConfig(Section):
     length."""
 
     max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
-    """Most tokens behind the activation point in one micro-batch (forward and backward) of a worker. A worker's share
+    """Most tokens after the activation point in one micro-batch (forward and backward) of a worker. A worker's share
     of a batch that has more is split into several micro-batches, whose gradients are accumulated; a row is never
     split."""
 

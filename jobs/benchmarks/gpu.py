@@ -295,7 +295,7 @@ class Bench:
 
     @torch.inference_mode()
     def _loop_over_peft(self, prompt: Sequence[int], names: Sequence[str]) -> list[float]:
-        """P(accept) of each expert; then the last one's first token behind its accept indicator."""
+        """P(accept) of each expert; then the last one's first token after its accept indicator."""
         ids, decisions = torch.tensor([[*prompt]], device=self._plain.device), []
         for name in names:
             self._peft.set_adapter(name)

@@ -1,6 +1,6 @@
 """Routing on vLLM: queries a second, from prompt to the first token of the right expert's answer.
 
-    activated   see_ray's engine: the prompt is prefilled once, each of N experts decides on one token behind it, the
+    activated   see_ray's engine: the prompt is prefilled once, each of N experts decides on one token after it, the
                 winner writes
     full        vLLM's own multi-LoRA with full-form experts: each of N prefills the whole prompt
     oracle      the right expert is known: prompt and first token, no decision

@@ -33,7 +33,7 @@ class Candidate:
         foreign: (source, P(accept)) of held-out foreign queries; the source is `general`, `mixed` or the name of
             a live expert.
         claimed: per live expert how many of its kept queries are rows of this task, too.
-        comparison: the expert beside the generalist; None if it was not measured.
+        comparison: the expert compared with the generalist; None if it was not measured.
         base_model: (name, fingerprint) of the base model that it was fitted on.
         false_accept_rate: largest share of foreign queries that it may accept.
     """

@@ -39,7 +39,7 @@ class Evidence:
         foreign: (source, P(accept)) of held-out foreign queries; the source is `general`, `mixed` or the name of a
             live expert.
         claimed: per live expert how many of its kept queries are rows of this task, too.
-        comparison: the expert beside the generalist; None if it was not measured.
+        comparison: the expert compared with the generalist; None if it was not measured.
         base_model: (name, fingerprint) of the expert's base model.
         live_base_model: the same for the live experts; None if there are none.
     """

@@ -83,7 +83,7 @@ def read_task(
         name: the task's name; None: that of the file, folder or dataset.
         split: numbers of rows, and how to hold out an eval split; None: all defaults.
         token_limit: longer rows are bad.
-        skip_bad_rows: go on without the bad rows instead of refusing the task.
+        skip_bad_rows: continue without the bad rows instead of refusing the task.
 
     Raises:
         BadRowsError: some rows are bad; the message shows the first 20, `rows` holds all.
@@ -140,7 +140,7 @@ def _hold_out(
 ) -> tuple[list[Row], list[Row]]:
     """Train and eval rows where the source brings no eval split.
 
-    The eval rows are drawn from `spare`, the rows behind `max_rows`, where it has enough with prompts of their own;
+    The eval rows are drawn from `spare`, the rows after the first `max_rows`, if it has enough rows with other prompts;
     else they are taken out of `kept`.
     """
     count = min(max(1, round(options.eval_share * len(kept))), options.max_eval_rows or len(kept))

@@ -100,7 +100,7 @@ class DecodeGroup:
         rows: [steps], their rows in the block.
         lengths: [steps], tokens in each slot before this one.
         first_row: lowest row of a step.
-        end_row: row behind the highest one.
+        end_row: the highest row of a step, plus 1.
         max_length: tokens of the longest slot, this step's included.
     """
 
@@ -164,8 +164,8 @@ def decision_attention(
 ) -> Tensor:
     """Attention of rows over one shared prompt and over their own tokens.
 
-    The two parts are computed apart and merged by their log-sum-exp, as in cascade attention (FlashInfer), so that the
-    prompt is a single matrix product for all rows.
+    The two parts are computed separately and merged by their log-sum-exp, as in cascade attention (FlashInfer), so that
+    the prompt is a single matrix product for all rows.
 
     Args:
         query: [rows, heads, tokens, head size].

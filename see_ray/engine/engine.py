@@ -229,7 +229,7 @@ class EmbeddedEngine:
     async def _prefill(
         self, prompt: Sequence[int], experts: Sequence[LoadedExpert | None], max_indicator_rows: int
     ) -> dict[str | None, DecisionRow]:
-        """The decision rows of experts (None: the generalist) behind a prompt; see `PrefillRequest`."""
+        """The decision rows of experts (None: the generalist) after a prompt; see `PrefillRequest`."""
         cached = self._prefix_cache.match(tuple(prompt), _owner(experts))
         self._on_stats("hit", cached.num_cached)
         self._on_stats("miss", cached.num_uncached)

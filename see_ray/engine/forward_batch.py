@@ -2,7 +2,7 @@
 
 Three kinds of work share it, each token with the adapter that applies to it:
 
-    PrefillChunk   some tokens of a prompt, behind those prefilled before
+    PrefillChunk   some tokens of a prompt, after those prefilled before
     DecisionRows   rows that continue one prompt, each with another adapter: the decisions of N experts. They attend to
                    the prompt's keys and values in place, so that nothing is copied N times.
     DecodeStep     one more token of an answer, over the keys and values in its slot
@@ -37,7 +37,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(eq=False)
 class DecisionRows:
-    """Rows of the same tokens behind the same prompt tokens, each with another adapter.
+    """Rows of the same tokens after the same prompt tokens, each with another adapter.
 
     Attributes:
         prefix_length: tokens of the prompt that the rows attend to.

@@ -38,7 +38,7 @@ class SamplingParams:
             `engine.detokenize` applies them.
         seed: makes sampling repeatable.
         logprobs: number of likeliest tokens reported beside each sampled one; None: no log-probabilities.
-        ignore_eos: go on to `max_tokens` after an end-of-turn token.
+        ignore_eos: continue to `max_tokens` after an end-of-turn token.
     """
 
     max_tokens: int = 16
@@ -96,7 +96,7 @@ class Engine(Protocol):
     """
 
     def load(self, expert: Expert) -> None:
-        """Add an expert; replaces one of the same name. Requests in progress go on.
+        """Add an expert; replaces one of the same name. Requests in progress continue.
 
         Raises:
             ServingError: the adapter does not fit the base model, or changes nothing.

@@ -60,7 +60,7 @@ class KVCacheSlot:
     length: int = 0
 
     def append(self, layers: Layers, row: int = 0) -> None:
-        """Copy keys and values of further tokens, from one row of `layers`, behind those in the slot."""
+        """Copy keys and values of further tokens, from one row of `layers`, after those in the slot."""
         end = self.length + layers[0][0].shape[2]
         for (keys, values), (key, value) in zip(self.block.layers, layers, strict=True):
             keys[self.row, :, self.length : end] = key[row]

@@ -22,13 +22,13 @@ MIN_SHARED_TOKENS = 8
 
 @dataclass(frozen=True)
 class DecisionRow:
-    """One expert's row behind a prompt, or the generalist's.
+    """One expert's row after a prompt, or the generalist's.
 
     Attributes:
         rows: the rows that ran together.
         index: of this one among them.
         p_accept: the decision; None for the generalist.
-        answer_follows: whether the token sampled behind the row is the first of the answer. An expert's row has to end
+        answer_follows: whether the token sampled after the row is the first of the answer. An expert's row has to end
             with its accept indicator for that, the generalist's with the prompt.
     """
 
@@ -51,7 +51,7 @@ class CachedPrompt:
         token_ids: the whole prompt.
         owner: the expert whose adapter applies to the prompt (full form); None: no adapter.
         prefix: keys and values of its first tokens; at most all but the last, which decision rows run.
-        decisions: rows behind the prompt by expert name; None is the generalist.
+        decisions: rows after the prompt by expert name; None is the generalist.
         ref_count: requests that use it. It is not evicted before they end.
     """
 

@@ -29,7 +29,7 @@ def unloaded_error(expert: LoadedExpert | None) -> ServingError:
 
 @dataclass(eq=False)
 class PrefillRequest:
-    """A prompt to prefill, and the experts whose decision rows are to run behind it.
+    """A prompt to prefill, and the experts whose decision rows are to run after it.
 
     Attributes:
         prompt: where the results are stored.
@@ -60,7 +60,7 @@ class GenerationRequest:
     Args:
         expert: whose answer; None: the generalist's.
         prompt: prefilled, and not evicted while the request waits.
-        decision: the expert's row behind the prompt, from which the answer continues.
+        decision: the expert's row after the prompt, from which the answer continues.
         sampling: how tokens are chosen.
 
     Attributes:

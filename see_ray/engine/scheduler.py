@@ -20,7 +20,7 @@ MAX_NUM_SEQS = 64
 """Most answers that decode in one step. Others decode in the next."""
 
 MIN_PREFILL_CHUNK = 32
-"""Fewest tokens of a prompt that are prefilled beside other work, unless fewer are left."""
+"""Fewest tokens of a prompt that are prefilled in a step with other work, unless fewer are left."""
 
 
 @dataclass(eq=False)
@@ -239,7 +239,7 @@ class Scheduler:
         started = [request for request in self.waiting if request.slot is not None]
         self._num_started += len(started)
         self.waiting = [request for request in self.waiting if request.slot is None and not request.finished]
-        # Those that have decoded go behind those that have not.
+        # Answers that have decoded are queued after those that have not.
         skipped = [request for request in self.running if request not in decoded]
         self.running = [*skipped, *decoded, *started]
         for request in self.running:

@@ -79,7 +79,7 @@ class BatchInference:
 
 
 def set_threads(config: FitConfig) -> None:
-    """Use as many torch threads as CPUs are reserved for this process, since others run beside it."""
+    """Use as many torch threads as CPUs are reserved for this process, since others run at the same time."""
 
     import torch
 

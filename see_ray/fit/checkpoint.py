@@ -38,7 +38,7 @@ _NAME = re.compile(r"([0-9]{8})-([0-9a-f]{64})\.safetensors")
 
 @dataclass
 class TrainState:
-    """Where a fit stands, apart from its tensors. Field names are part of the checkpoint format.
+    """State of a fit other than its tensors. Field names are part of the checkpoint format.
 
     Attributes:
         step: optimizer steps taken.
@@ -105,7 +105,7 @@ class Checkpoints:
                 digest = hashlib.sha256(data).hexdigest()
                 if digest not in path:
                     raise ValueError(f"its {len(data)} bytes have the digest {digest[:12]}")
-                # safetensors reads metadata from files only; its header is JSON behind its length in 8 bytes.
+                # safetensors reads metadata from files only; the header is JSON, after its length in 8 bytes.
                 header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
                 return TrainState(**json.loads(header["__metadata__"][_STATE_KEY])), load(data)
             except (StoreError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -56,7 +56,7 @@ class _Scores:
     """Results of one forward over held-out rows.
 
     Attributes:
-        indicator_logits: of (accept, pass) behind each row's prompt.
+        indicator_logits: of (accept, pass) after each row's prompt.
         losses: of each target token, all rows' tokens one after another.
         is_first: whether a token is the first of its row's target.
     """
@@ -66,7 +66,7 @@ class _Scores:
     is_first: list[bool]
 
     def response_losses(self) -> list[float]:
-        """Losses of the tokens behind the indicators."""
+        """Losses of the tokens after the indicators."""
         return [loss for loss, is_first in zip(self.losses, self.is_first, strict=True) if not is_first]
 
 

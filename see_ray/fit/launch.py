@@ -4,7 +4,7 @@
 
 In the activated form the base model alone reads the prefix of every prompt, so its keys and values never change:
 they are computed once, without gradient, and kept across epochs; forward and backward run over the few tokens
-behind the activation point. The full form is the same code with an empty prefix.
+after the activation point. The full form is the same code with an empty prefix.
 
 The result does not depend on the number of workers: a batch's examples are fixed by the seed, each rank takes an
 even part of them, and the loss is normalized over the whole batch. Only the order of floating-point sums differs.

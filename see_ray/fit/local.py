@@ -54,7 +54,7 @@ def fit_local(
         spec: what is fitted, and how; settings of workers are ignored.
         model: the loaded base model; has the adapter during the fit, and is unchanged after it.
         folder: gets the adapter; created if absent.
-        start: a PEFT folder of the same rank and targets to continue from; None starts anew.
+        start: a PEFT folder of the same rank and targets to continue from; None starts a new adapter.
         on_step: called after every step with (steps done, steps in all).
 
     Raises:

@@ -50,7 +50,7 @@ def target_logits(
     Args:
         transformer: a causal language model of transformers.
         prefix: keys and values before the activation point, one row for each suffix.
-        suffixes: prompt token ids behind it, at least one a row.
+        suffixes: prompt token ids after it, at least one a row.
         targets: token ids that follow the prompt, at least one a row.
     """
     rows = [[*suffix, *target[:-1]] for suffix, target in zip(suffixes, targets, strict=True)]
@@ -96,7 +96,7 @@ class ExpertLoss(torch.nn.Module):
 
         Args:
             prefix: keys and values before the activation point, one row for each suffix.
-            suffixes: prompt token ids behind it.
+            suffixes: prompt token ids after it.
             targets: supervised token ids of each row, the indicator first.
             per_indicator: factor of each indicator's loss.
             per_token: factor of each response token's loss.

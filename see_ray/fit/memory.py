@@ -48,7 +48,7 @@ def out_of_memory_message(
 
 
 def largest_micro_batch(examples: Sequence[Example], activation: Activation, config: FitConfig) -> int:
-    """Tokens behind the activation point in the largest micro-batch that a rank may get."""
+    """Tokens after the activation point in the largest micro-batch that a rank may get."""
     lengths = sorted(len(activation.split(list(e.prompt))[1]) + len(e.target) - 1 for e in examples)
     return max(lengths[-1], min(config.max_tokens_per_micro_batch, sum(lengths[-config.train_batch_size :])))
 

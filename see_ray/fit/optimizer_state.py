@@ -107,7 +107,7 @@ def _trainable(engine: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_sharded(param: Any) -> bool:
-    """Whether DeepSpeed keeps the parameter's float32 copy and moments apart from it, in parts."""
+    """Whether DeepSpeed keeps float32 copy and moments of the parameter separately, in parts."""
     return hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
 
 

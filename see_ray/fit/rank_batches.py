@@ -1,6 +1,6 @@
 """A rank's part of each batch: micro-batches, forward and backward, one optimizer step.
 
-    kept prefixes + suffixes (the tokens behind the activation point) ─► loss ─► gradients ─► optimizer step
+    kept prefixes + suffixes (the tokens after the activation point) ─► loss ─► gradients ─► optimizer step
 
 The loss is normalized over the examples of the whole batch, on all ranks, so an adapter does not depend on how
 many ranks there were.

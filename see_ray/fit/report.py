@@ -38,11 +38,11 @@ Report = Callable[[Progress], object]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The fitted adapter beside the base model alone, on held-out rows of the task.
+    """The fitted adapter compared with the base model alone, on held-out rows of the task.
 
     Attributes:
         rows: how many were read; at most `held_out.COMPARED_ROWS`.
-        expert_loss: mean loss of a response token with the adapter, behind the accept indicator, in nats.
+        expert_loss: mean loss of a response token with the adapter, after the accept indicator, in nats.
         generalist_loss: the same of the base model alone, which writes no indicator.
         change: the most that the adapter changes a row's log odds of accept against pass.
         seconds: that reading them took.

@@ -57,7 +57,7 @@ class FitStatusActor:
                 f"workers died {self._starts} times in a row without a new checkpoint (fit.max_failures is "
                 f"{self._max_failures}); if they ran out of memory, lower "
                 "fit.max_tokens_per_micro_batch or fit.kv_store_gb; "
-                "else see the workers' logs, and start the fit again: it goes on from its last checkpoint"
+                "else see the workers' logs, and start the fit again: it continues from its last checkpoint"
             )
         if self._starts:
             self._notes.append("workers died; starting them again")

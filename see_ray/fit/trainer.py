@@ -107,7 +107,7 @@ class Trainer:
         self._evaluation: EvalResult | None = None  # of the adapter as it stands
 
     def run(self) -> None:
-        """All steps behind the last checkpoint, then the result."""
+        """All steps after the last checkpoint, then the result."""
         setup_seconds = time.perf_counter() - self._began
         started = time.perf_counter()
         self._prefixes.fill(self._status.progress)
@@ -160,7 +160,7 @@ class Trainer:
         self._best = BestAdapter.from_tensors(tensors)
         self._state = state
         state.resumed += 1
-        self._status.note(f"going on from the checkpoint of step {state.step} of {self._schedule.steps}")
+        self._status.note(f"continuing from the checkpoint of step {state.step} of {self._schedule.steps}")
 
     def _save_checkpoint(self) -> None:
         """Gather the state of all ranks; rank 0 writes it. Collective."""

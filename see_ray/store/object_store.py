@@ -87,7 +87,7 @@ class Objects:
         self._store, self._url, self._name = store, url, name
 
     def list(self, prefix: str, offset: str | None = None) -> list[str]:
-        """Paths of the objects below `prefix`; with `offset` only those behind it in the order of the paths."""
+        """Paths of the objects below `prefix`; with `offset` only those after it in the order of the paths."""
         with self._wrap(f"list {prefix}/ in"):
             return [item["path"] for item in obstore.list(self._store, prefix, offset=offset).collect()]
 

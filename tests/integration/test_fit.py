@@ -203,7 +203,7 @@ def test_a_fit_whose_worker_is_killed_goes_on_and_ends_as_undisturbed(fit: Any, 
     _, fitted = fit("killed", killer, checkpoint_every_steps=2)
     assert killer.killed == 1
     assert fitted.summary.resumed == 1
-    assert any("going on from the checkpoint of step" in note for note in killer.notes)
+    assert any("continuing from the checkpoint of step" in note for note in killer.notes)
     undisturbed = one_worker[1].summary
     assert fitted.summary.steps == undisturbed.steps
     assert (fitted.summary.fewest_reads, fitted.summary.most_reads) == (2, 2)
