@@ -489,6 +489,6 @@ def _describe(error: ValidationError, path: str | Path | None) -> str:
         if item["type"] == "extra_forbidden":
             lines.append(f"{where}: no such setting")
         else:
-            found = "" if isinstance(item.get("input"), dict) else f", found {item.get('input')!r}"
-            lines.append(f"{where}: {item['msg']}{found}")
+            value = "" if isinstance(item.get("input"), dict) else f", found {item.get('input')!r}"
+            lines.append(f"{where}: {item['msg']}{value}")
     return f"{path or 'the configuration'} is not valid: " + "; ".join(lines)

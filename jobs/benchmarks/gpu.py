@@ -163,8 +163,8 @@ class Run:
                 break
             for kind, act in ways.items():
                 began = now()
-                made = await act()
-                times[kind].append(made if isinstance(made, float) else now() - began)
+                measured = await act()
+                times[kind].append(measured if isinstance(measured, float) else now() - began)
         return {kind: statistics.median(each[1:]) for kind, each in times.items()}
 
 
@@ -241,11 +241,13 @@ class Bench:
             if count <= PEFT_AT_MOST:
                 self._with_peft(names)
                 ways["peft_loop"] = peft_loop
-            made = {f"{kind}_ms": round(each * 1000, 2) for kind, each in (await self._run.seconds(ways)).items()}
+            figures = {
+                f"{kind}_ms": round(seconds * 1000, 2) for kind, seconds in (await self._run.seconds(ways)).items()
+            }
             if "peft_loop" in ways:
                 both = zip(await full_form(prompt := self._prompt(length)), await peft_loop(prompt), strict=True)
-                made["most_apart"] = round(max(abs(a - b) for a, b in both), 4)
-            return made
+                figures["most_apart"] = round(max(abs(a - b) for a, b in both), 4)
+            return figures
 
         return asyncio.run(every())
 
@@ -254,9 +256,9 @@ class Bench:
         experts = [name for name in self._engine.experts if name.startswith("e")]
         plain, self._peft = self._peft.unload() if self._peft else self._plain, None
 
-        async def ours(who: Sequence[str | None]) -> float:
+        async def ours(writers: Sequence[str | None]) -> float:
             async def one(number: int) -> list[float]:
-                prompt, writer = self._prompt(DECODE_PROMPT), who[number % len(who)]
+                prompt, writer = self._prompt(DECODE_PROMPT), writers[number % len(writers)]
                 return [
                     time.perf_counter() async for _ in self._engine.generate(request(prompt, writer, DECODE_TOKENS))
                 ]
@@ -299,10 +301,10 @@ class Bench:
         ids, decisions = torch.tensor([[*prompt]], device=self._plain.device), []
         for name in names:
             self._peft.set_adapter(name)
-            made = self._peft(input_ids=ids, use_cache=True, logits_to_keep=1)
-            decisions.append(p_accept(*made.logits[0, -1, [ACTIVATION.accept, ACTIVATION.refuse]].float().tolist()))
+            output = self._peft(input_ids=ids, use_cache=True, logits_to_keep=1)
+            decisions.append(p_accept(*output.logits[0, -1, [ACTIVATION.accept, ACTIVATION.refuse]].float().tolist()))
         accept = torch.full_like(ids[:, :1], ACTIVATION.accept)
-        self._peft(input_ids=accept, past_key_values=made.past_key_values, use_cache=True).logits.argmax(-1).item()
+        self._peft(input_ids=accept, past_key_values=output.past_key_values, use_cache=True).logits.argmax(-1).item()
         return decisions
 
 

@@ -54,8 +54,8 @@ def see_ray_steps(
     activation, stamps = replace(ACTIVATION, tokens=1 if form == "activated" else None), []
     base = BaseModel("random", folder, "")
     spec = FitSpec(rows, base, BaseModelConfig(), activation, config)
-    made = fit_local(spec, model, folder, on_step=lambda *_: stamps.append(now()))
-    return made.seconds, stamps
+    fitted = fit_local(spec, model, folder, on_step=lambda *_: stamps.append(now()))
+    return fitted.seconds, stamps
 
 
 def peft_steps(model: Any, rows: Sequence[Example], epochs: int) -> tuple[float, list[float]]:

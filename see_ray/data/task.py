@@ -177,8 +177,8 @@ def _sample(rows: list[Row], count: int, rng: random.Random) -> list[Row]:
     return [rows[i] for i in sorted(rng.sample(range(len(rows)), count))]
 
 
-def _task_name(given: str | None, default: str) -> str:
-    name = re.sub(r"[^a-z0-9_-]", "-", default.lower()) if given is None else given
+def _task_name(requested: str | None, default: str) -> str:
+    name = re.sub(r"[^a-z0-9_-]", "-", default.lower()) if requested is None else requested
     if not _NAME.fullmatch(name) or name in RESERVED_NAMES:
         rule = (
             "expected 1 to 63 characters of a-z, 0-9, _ and -, the first a letter or digit, "

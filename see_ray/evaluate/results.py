@@ -174,7 +174,7 @@ def _behind_reference(results: Sequence[Result], method: str) -> dict[str, float
     by_task = []
     for task, kind in others[0].kinds.items():
         pairs = [(see[other.seed].query_scores[task][kind], other.query_scores[task][kind]) for other in others]
-        by_seed = [[ours - theirs for ours, theirs in zip(*pair, strict=True)] for pair in pairs]
+        by_seed = [[see_score - score for see_score, score in zip(*pair, strict=True)] for pair in pairs]
         by_task.append(_mean_row(by_seed))
     if any(len(differences) < 2 for differences in by_task):
         return None

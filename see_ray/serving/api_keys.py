@@ -51,9 +51,9 @@ class ApiKeys:
             RequestError: 401 `invalid_api_key`.
         """
         scheme, _, key = (authorization or "").partition(" ")
-        given = key.strip(" ").encode("latin-1", "backslashreplace")  # back to the bytes on the wire
+        sent = key.strip(" ").encode("latin-1", "backslashreplace")  # back to the bytes on the wire
         # Compare with all keys, always, so that the time taken does not depend on the key sent.
-        known = sum(hmac.compare_digest(given, key) for key in self._keys)
+        known = sum(hmac.compare_digest(sent, key) for key in self._keys)
         if self.required and not (known and scheme.lower() == "bearer"):
-            message = "the API key is not valid" if given else "no API key: send Authorization: Bearer <key>"
+            message = "the API key is not valid" if sent else "no API key: send Authorization: Bearer <key>"
             raise RequestError(message, status=401, code="invalid_api_key")

@@ -113,9 +113,9 @@ def _run_parts(
     config = plan.config(0).fit
     most_at_once = max(1, int(ray.cluster_resources().get("CPU", 1) // config.cpus_per_worker))
     remote = as_fit_worker(run_part, config)
-    left = [[part for part in parts if not part.is_done(folder)] for parts in runs]
+    remaining = [[part for part in parts if not part.is_done(folder)] for parts in runs]
     total = sum(map(len, runs))
-    done = total - sum(map(len, left))
+    done = total - sum(map(len, remaining))
     pending: dict[Any, int] = {}
     failed: list[Exception] = []
     is_first_round = True
@@ -123,7 +123,7 @@ def _run_parts(
     try:
         while True:
             is_late = deadline is not None and time.monotonic() > deadline and not is_first_round
-            for run, parts in enumerate(left):
+            for run, parts in enumerate(remaining):
                 if parts and run not in pending.values() and len(pending) < most_at_once and not is_late:
                     pending[remote.remote(plan, folder, shared, parts[0])] = run
             is_first_round = False
@@ -132,13 +132,13 @@ def _run_parts(
             ready, _ = ray.wait(list(pending), timeout=1)
             for ref in ready:
                 run = pending.pop(ref)
-                part = left[run].pop(0)
+                part = remaining[run].pop(0)
                 try:
                     result_of(ref)
                 except (SeeError, ray.exceptions.RayError) as error:  # the other runs continue
                     listener.note(f"{part.method} failed after {part.stage} tasks, seed {part.seed}: {error}")
                     failed.append(error)
-                    left[run].clear()
+                    remaining[run].clear()
                     continue
                 done += 1
                 listener.progress("parts", done, total, f"{part.method} after {part.stage} tasks, seed {part.seed}")
