@@ -35,15 +35,14 @@ PROFILES = "step,ramp,spike:40,diurnal,idle,step@skewed,steady+learn"
 @configured
 def main(config: Config, profiles: str, topologies: str, policies: str, **size: Any) -> None:
     """Run every profile at every topology and policy."""
+    from loadtest import scenario
     from loadtest.experiment import Experiment, run_experiment
     from loadtest.report import summary_table
-    from loadtest.scenario import Scenario
-    from loadtest.scenario import policies as named_policies
 
     from see_ray.cli.progress_bar import TerminalListener
 
-    scaling = named_policies(policies)
-    load = [Scenario.parse(text) for text in profiles.split(",")]
+    scaling = scenario.policies(policies)
+    load = [scenario.Scenario.parse(text) for text in profiles.split(",")]
     with TerminalListener() as listener:
         summaries = run_experiment(config, Experiment(**size), topologies.split(","), scaling, load, listener)
     click.echo(summary_table(summaries))

@@ -40,8 +40,8 @@ engine is idle otherwise: the first token of the answer is then known with the d
 own. Beside other requests the winner alone runs its indicator, together with their next tokens."""
 
 HANDOVER_ROUNDS = 3
-"""Rounds of the event loop between two steps. So many pass from the end of a decision, through `asyncio.gather`, until
-its caller has added the answer: the next step starts it then, instead of the one after that."""
+"""Rounds of the event loop between two steps. After a decision it takes this many, through `asyncio.gather`, until its
+caller has added the request for the answer; the answer then starts in the next step, not in the one after that."""
 
 
 class EmbeddedEngine:

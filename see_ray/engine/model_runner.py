@@ -52,7 +52,7 @@ class ModelRunner:
         chunk = PrefillChunk(EMPTY, (0,))
         self.forward([chunk], [])
         self.example_kv = chunk.prefix.layers  # of one token: heads, head size, dtype and device
-        # Measured, since configurations do not tell it of all models: keys and values may have different head sizes.
+        # Measured, since not every configuration gives it: keys and values may have different head sizes.
         bytes_per_token = sum(tensor.nbytes for pair in self.example_kv for tensor in pair)
         max_tokens = int(kv_gb * 1e9 / bytes_per_token)
         self.kv_cache = KVCache(max_tokens, self.example_kv)
