@@ -11,6 +11,7 @@ and a thread of its own, so that this engine can be called from any thread and a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import shutil
@@ -372,8 +373,13 @@ class VllmEngine:
         return self._submit(work).result()
 
     def _stop_loop(self) -> None:
+        """Cancel what still runs on the event loop's thread, end the thread and close the loop."""
+        with contextlib.suppress(TimeoutError):
+            self._submit(_cancel_other_tasks()).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
+        if not self._thread.is_alive():
+            self._loop.close()
         shutil.rmtree(self._folders, ignore_errors=True)
 
 
@@ -393,3 +399,10 @@ def _token(token: int, logprobs: dict[int, Any] | None, count: int | None) -> To
         return Token(token)
     ranked = sorted(((other, entry.logprob) for other, entry in logprobs.items()), key=lambda pair: -pair[1])
     return Token(token, logprobs[token].logprob, tuple(ranked[:count]))
+
+
+async def _cancel_other_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
